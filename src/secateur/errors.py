@@ -1,0 +1,47 @@
+"""The errors a user can cause or meet; nothing here is for our own bugs (those are ``assert``).
+
+Every message has three parts: what is wrong, what was received, and what to do.
+
+    SecateurError
+    |-- ConfigError        a recipe or an option that cannot be right
+    |-- FamilyError        a model family that is unknown, or used outside what it can express
+    |-- CorpusError        text that is missing, unreadable, or too little
+    |-- CheckpointError    weights that are missing, unsafe, broken, or not finite
+    |-- PlanError          a budget that cannot be met, or a plan that does not fit its model
+    |-- ExportError        an artefact that could not be written, or that reloads differently
+    `-- UnavailableError   something from outside (a hub, a package registry) that could not be had
+"""
+
+from __future__ import annotations
+
+
+class SecateurError(Exception):
+    """Base of all errors that secateur raises on purpose."""
+
+
+class ConfigError(SecateurError):
+    """A recipe, option or name that cannot be right."""
+
+
+class FamilyError(SecateurError):
+    """A model family that is unknown, or asked for something its configuration cannot express."""
+
+
+class CorpusError(SecateurError):
+    """Text that is missing, unreadable, or too little for the job."""
+
+
+class CheckpointError(SecateurError):
+    """Weights that are missing, unsafe to load, broken, or not finite."""
+
+
+class PlanError(SecateurError):
+    """A budget that cannot be met, or a plan that does not fit the model it is applied to."""
+
+
+class ExportError(SecateurError):
+    """An artefact that could not be written, or that differs after reloading."""
+
+
+class UnavailableError(SecateurError):
+    """Something from outside this machine that could not be had."""

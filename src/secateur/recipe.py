@@ -1,0 +1,324 @@
+"""The typed recipe: what a person asks for, from YAML, refused early when it cannot be right.
+
+Keys are the public interface (``docs/recipe.md``). A recipe is frozen; unknown keys are refused with the nearest
+known one. Nothing here touches models, corpora or torch.
+"""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Annotated, Any, Literal
+
+import yaml
+from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, ValidationError, field_validator, model_validator
+
+from secateur.errors import ConfigError
+from secateur.registry import unknown_name
+
+THRESHOLD_PRESETS: dict[str, float] = {"mild": 1e-3, "moderate": 1e-2, "aggressive": 1e-1}
+"""Absolute thresholds by name; ``mild`` and ``aggressive`` are the two of the Mini-GPTs paper (2312.12682)."""
+
+_BYTE_UNITS = {"b": 1, "kb": 10**3, "mb": 10**6, "gb": 10**9, "kib": 2**10, "mib": 2**20, "gib": 2**30}
+
+
+def parse_bytes(value: object) -> object:
+    """Return a size such as ``"400MB"`` or ``"1.5 GiB"`` as a number of bytes; other values pass through."""
+    if not isinstance(value, str):
+        return value
+    match = re.fullmatch(r"\s*([0-9.]+)\s*([kmg]?i?b?)\s*", value.lower())
+    unit = match and _BYTE_UNITS.get(match[2] if match[2].endswith("b") else match[2] + "b")
+    if not match or unit is None:
+        raise ValueError(f"cannot read {value!r} as a size; write for example 400MB or 1.5GiB")
+    return int(float(match[1]) * unit)
+
+
+def _parse_threshold(value: object) -> object:
+    if isinstance(value, str) and value in THRESHOLD_PRESETS:
+        return THRESHOLD_PRESETS[value]
+    return value
+
+
+Ratio = Annotated[float, Field(gt=0.0, lt=1.0)]
+
+
+class _Record(BaseModel):
+    model_config = ConfigDict(frozen=True, extra="forbid", strict=False, protected_namespaces=())
+
+
+class SplitRatios(_Record):
+    """Shares of the documents that go to each split, by hash of the document."""
+
+    calibration: Ratio = 0.8
+    validation: Ratio = 0.1
+    test: Ratio = 0.1
+
+    @model_validator(mode="after")
+    def _sum_to_one(self) -> SplitRatios:
+        total = self.calibration + self.validation + self.test
+        if abs(total - 1.0) > 1e-9:
+            raise ValueError(f"the three shares add up to {total:g}; they must add up to 1")
+        return self
+
+
+class CorpusSpec(_Record):
+    """One bucket of text: where it is and how a document becomes a string.
+
+    Either ``path`` (split by document hash), or explicit ``calibration`` and ``test`` paths (and optionally
+    ``validation``), or a hub data set in ``dataset``.
+    """
+
+    path: str | list[str] | None = None
+    dataset: str | None = None
+    config: str | None = None
+    dataset_split: str = "train"
+    calibration: str | list[str] | None = None
+    validation: str | list[str] | None = None
+    test: str | list[str] | None = None
+    text: str | None = None
+    encoding: str = "utf-8"
+    errors: Literal["strict", "replace", "ignore"] = "strict"
+    splits: SplitRatios = SplitRatios()
+
+    @model_validator(mode="after")
+    def _one_source(self) -> CorpusSpec:
+        explicit = [name for name in ("calibration", "validation", "test") if getattr(self, name) is not None]
+        if explicit and not {"calibration", "test"} <= set(explicit):
+            raise ValueError(f"explicit splits need at least calibration and test paths; got {', '.join(explicit)}")
+        sources = [bool(self.path), bool(self.dataset), bool(explicit)]
+        if sum(sources) != 1:
+            raise ValueError("give exactly one of path, dataset, or explicit calibration/test paths")
+        return self
+
+
+class CalibrateSpec(_Record):
+    """How much text is run through the dense model, and in what portions."""
+
+    max_tokens: Annotated[int, Field(gt=0)] | None = 65_536
+    block_size: Annotated[int, Field(ge=8)] = 512
+    batch_size: Annotated[int, Field(ge=1)] = 4
+
+
+class Budget(_Record):
+    """How much goes. Shares are removed shares; give one key, or ``channels`` and ``groups`` together."""
+
+    channels: Ratio | None = None
+    groups: Ratio | None = None
+    parameters: Ratio | None = None
+    bytes: Annotated[Annotated[int, Field(gt=0)] | None, BeforeValidator(parse_bytes)] = None
+    threshold: Annotated[Annotated[float, Field(ge=0.0)] | None, BeforeValidator(_parse_threshold)] = None
+
+    @model_validator(mode="after")
+    def _one_kind(self) -> Budget:
+        given = {name for name in type(self).model_fields if getattr(self, name) is not None}
+        if len(given) != 1 and given != {"channels", "groups"}:
+            got = ", ".join(sorted(given)) or "none"
+            raise ValueError(
+                f"give exactly one of channels, groups, parameters, bytes, threshold (or channels with groups); got {got}"
+            )
+        return self
+
+
+class PruneSpec(_Record):
+    """Which units go, by which method, in which shape."""
+
+    method: str = "contextual"
+    options: dict[str, Any] = {}
+    budget: Budget = Budget(channels=0.1)
+    units: list[Literal["ffn_channel", "gqa_group"]] | None = None
+    shape: Literal["uniform", "uneven"] = "uniform"
+    allocation: Literal["auto", "uniform", "global"] = "auto"
+    min_keep_ratio: Ratio = 0.1
+    multiple_of: Annotated[int, Field(ge=1)] | Literal["auto"] = "auto"
+    seed: int = 0
+
+    @model_validator(mode="after")
+    def _units_fit_budget(self) -> PruneSpec:
+        asked = {"ffn_channel": self.budget.channels, "gqa_group": self.budget.groups}
+        named = [unit for unit, ratio in asked.items() if ratio is not None]
+        if self.units is not None and not self.units:
+            raise ValueError("units is an empty list; name at least one of ffn_channel, gqa_group")
+        if self.units is not None and named and set(named) != set(self.units):
+            raise ValueError(f"the budget is in {', '.join(named)} but units names {', '.join(self.units)}")
+        if self.shape == "uniform" and self.allocation == "global":
+            raise ValueError("allocation: global gives every layer its own width; it needs shape: uneven")
+        return self
+
+    def unit_kinds(self) -> list[str]:
+        """Return the unit kinds that may be cut, in a fixed order."""
+        if self.units is not None:
+            return sorted(set(self.units))
+        kinds = [
+            kind
+            for kind, ratio in (("ffn_channel", self.budget.channels), ("gqa_group", self.budget.groups))
+            if ratio is not None
+        ]
+        return kinds or ["ffn_channel"]
+
+
+class EvaluateSpec(_Record):
+    """On how much held-out text the models are compared, and against which controls."""
+
+    max_tokens: Annotated[int, Field(gt=0)] | None = 16_384
+    batch_size: Annotated[int, Field(ge=1)] = 4
+    controls: list[Literal["random", "reversed"]] = ["random"]
+
+
+class Recipe(_Record):
+    """Everything one run needs; see the module docstring."""
+
+    model: str
+    domain: dict[str, CorpusSpec] = Field(min_length=1)
+    general: CorpusSpec | None = None
+    calibrate: CalibrateSpec = CalibrateSpec()
+    prune: PruneSpec = PruneSpec()
+    evaluate: EvaluateSpec = EvaluateSpec()
+    export: list[Literal["huggingface"]] = ["huggingface"]
+    output: str = "runs/run"
+    device: str = "auto"
+    dtype: Literal["auto", "float32", "bfloat16", "float16", "float64"] = "auto"
+    trust_remote_code: bool = False
+
+    @field_validator("domain", mode="before")
+    @classmethod
+    def _short_form(cls, value: object) -> object:
+        if isinstance(value, Mapping):
+            return {name: _corpus_short_form(spec) for name, spec in value.items()}
+        return value
+
+    @field_validator("general", mode="before")
+    @classmethod
+    def _short_general(cls, value: object) -> object:
+        return _corpus_short_form(value)
+
+    @field_validator("domain")
+    @classmethod
+    def _bucket_names(cls, value: dict[str, CorpusSpec]) -> dict[str, CorpusSpec]:
+        for name in value:
+            if name == "general":
+                raise ValueError("a domain bucket cannot be called 'general'; that is the name of the general bucket")
+            if not re.fullmatch(r"[A-Za-z0-9][A-Za-z0-9_.-]*", name):
+                raise ValueError(f"bucket name {name!r} must be letters, digits, '_', '-' or '.'")
+        return value
+
+    def buckets(self) -> dict[str, CorpusSpec]:
+        """Return all buckets by name, the domains first, the general one (if any) last."""
+        return {**self.domain, **({"general": self.general} if self.general else {})}
+
+    def to_yaml(self) -> str:
+        """Return the recipe as YAML with every default written out."""
+        return yaml.safe_dump(self.model_dump(mode="json", exclude_none=True), sort_keys=False, allow_unicode=True)
+
+
+def _corpus_short_form(value: object) -> object:
+    return {"path": value} if isinstance(value, str | list) else value
+
+
+def parse_recipe(data: object, *, source: str = "recipe") -> Recipe:
+    """Return the recipe that ``data`` describes.
+
+    Args:
+        data: what YAML gave: a mapping of recipe keys.
+        source: where it came from, for messages.
+
+    Raises:
+        ConfigError: a key is unknown, missing or has an impossible value; every such place is named.
+    """
+    if not isinstance(data, Mapping):
+        raise ConfigError(f"{source} must be a mapping of keys such as model, domain, prune; got {type(data).__name__}.")
+    try:
+        return Recipe.model_validate(dict(data))
+    except ValidationError as error:
+        lines = [_explain(item) for item in error.errors()]
+        raise ConfigError(f"{source} cannot be used:\n" + "\n".join(f"  {line}" for line in lines)) from None
+
+
+def load_recipe(path: str | Path, overrides: Mapping[str, Any] | None = None) -> Recipe:
+    """Return the recipe in a YAML file, with dotted ``overrides`` applied on top.
+
+    Args:
+        path: the YAML file.
+        overrides: for example ``{"prune.budget": {"channels": 0.2}, "output": "runs/a"}``.
+
+    Raises:
+        ConfigError: the file is missing, is not YAML, or is not a recipe.
+    """
+    path = Path(path)
+    if not path.is_file():
+        raise ConfigError(f"recipe {path} does not exist. Write one (see examples/), or run `secateur demo`.")
+    try:
+        data = yaml.load(path.read_text(encoding="utf-8"), Loader=_Loader)
+    except (yaml.YAMLError, UnicodeDecodeError) as error:
+        raise ConfigError(f"recipe {path} is not valid YAML: {error}") from None
+    if isinstance(data, dict):
+        for key, value in (overrides or {}).items():
+            _set_dotted(data, key, value)
+    return parse_recipe(data, source=f"recipe {path}")
+
+
+class _Loader(yaml.SafeLoader):
+    """YAML 1.1 reads 1e-3 as a string; everybody who writes a threshold means the number."""
+
+
+_Loader.add_implicit_resolver(
+    "tag:yaml.org,2002:float",
+    re.compile(r"^[-+]?(?:[0-9][0-9_]*\.?[0-9_]*|\.[0-9_]+)[eE][-+]?[0-9]+$"),
+    list("-+0123456789."),
+)
+
+
+def _set_dotted(data: dict[str, Any], key: str, value: Any) -> None:
+    *parents, last = key.split(".")
+    for parent in parents:
+        inner = data.setdefault(parent, {})
+        if not isinstance(inner, dict):
+            raise ConfigError(f"cannot set {key}: {parent} is not a mapping in this recipe, but {inner!r}.")
+        data = inner
+    data[last] = value
+
+
+def parse_override(text: str) -> tuple[str, Any]:
+    """Return ``("prune.seed", 3)`` for ``"prune.seed=3"``; the value is read as YAML.
+
+    Raises:
+        ConfigError: there is no ``=`` in the text, or the value is not YAML.
+    """
+    key, equals, value = text.partition("=")
+    if not equals or not key.strip():
+        raise ConfigError(f"cannot read {text!r}; write key=value, for example prune.budget.channels=0.2")
+    try:
+        return key.strip(), yaml.load(value, Loader=_Loader)
+    except yaml.YAMLError as error:
+        raise ConfigError(f"cannot read the value in {text!r}: {error}") from None
+
+
+def _explain(item: Any) -> str:
+    where = ".".join(str(part) for part in item["loc"]) or "recipe"
+    if item["type"] == "extra_forbidden":
+        known = _known_keys(item["loc"][:-1])
+        return unknown_name(f"key at {where}:", item["loc"][-1], known) if known else f"{where}: unknown key"
+    received = item.get("input")
+    shown = "" if isinstance(received, Mapping | BaseModel) or item["type"] == "missing" else f" (got {received!r})"
+    message = str(item["msg"]).removeprefix("Value error, ")
+    return f"{where}: {message[:1].lower()}{message[1:]}{shown}"
+
+
+def _known_keys(location: tuple[Any, ...]) -> list[str]:
+    model: type[BaseModel] = Recipe
+    for part in location:
+        if part == "domain":
+            return list(CorpusSpec.model_fields) if len(location) > 1 else []
+        if not isinstance(part, str) or part not in model.model_fields:
+            continue
+        inner = {
+            "general": CorpusSpec,
+            "calibrate": CalibrateSpec,
+            "prune": PruneSpec,
+            "budget": Budget,
+            "evaluate": EvaluateSpec,
+            "splits": SplitRatios,
+        }.get(part)
+        if inner is not None:
+            model = inner
+    return list(model.model_fields)

@@ -1,0 +1,144 @@
+"""The plan: which units stay, in which layer, why, and what that saves; a JSON file a person can read, edit and diff.
+
+Imports without torch. A plan does not know weights; applying it is the business of ``shrink``.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import asdict, dataclass, field
+from typing import Any
+
+from secateur.errors import PlanError
+from secateur.records.units import UNIT_KINDS
+
+SCHEMA_VERSION = 1
+SHAPES = ("uniform", "uneven")
+
+
+@dataclass(frozen=True, slots=True)
+class LayerPlan:
+    """What happens to one kind of unit in one layer.
+
+    Attributes:
+        num_units: units before the cut.
+        keep: indices of the units that stay, ascending, without repeats.
+        constants: input channels of the reading projection that go although they are not zero but constant on the
+            calibration text, with that constant: (channel, value); folded into the projection's bias.
+        lowest_kept: lowest score among the kept units (None: the method gave none).
+        highest_removed: highest score among the removed units (None: nothing removed).
+    """
+
+    num_units: int
+    keep: tuple[int, ...]
+    constants: tuple[tuple[int, float], ...] = ()
+    lowest_kept: float | None = None
+    highest_removed: float | None = None
+
+    def __post_init__(self) -> None:
+        if not self.keep:
+            raise PlanError(f"plan keeps 0 of {self.num_units} units in a layer; at least one must stay.")
+        ascending = all(a < b for a, b in zip(self.keep, self.keep[1:], strict=False))
+        if not ascending or self.keep[0] < 0 or self.keep[-1] >= self.num_units:
+            raise PlanError(
+                f"kept units must be ascending, without repeats, between 0 and {self.num_units - 1}; "
+                f"got {len(self.keep)} from {self.keep[0]} to {self.keep[-1]}. Plan the model again."
+            )
+
+    @property
+    def num_removed(self) -> int:
+        """Units that go."""
+        return self.num_units - len(self.keep)
+
+
+@dataclass(frozen=True, slots=True)
+class Plan:
+    """Which units stay, per unit kind and layer.
+
+    Attributes:
+        family: model family the plan was made for.
+        model_fingerprint: weights it was made for.
+        shape: ``uniform`` (same widths in every layer) or ``uneven``.
+        method: scoring method, and its ``options``.
+        budget: the budget as asked, for example ``{"channels": 0.1}``.
+        layers: per unit kind, one entry per layer.
+        parameters_dense: parameters by part before, ``parameters_pruned`` after.
+        calibrated_on: names of the buckets, and ``calibration_tokens`` their size.
+        notes: sentences on what was rounded or could not be met exactly.
+    """
+
+    family: str
+    model_fingerprint: str
+    shape: str
+    method: str
+    options: Mapping[str, Any]
+    budget: Mapping[str, float]
+    layers: Mapping[str, tuple[LayerPlan, ...]]
+    parameters_dense: Mapping[str, int]
+    parameters_pruned: Mapping[str, int]
+    calibrated_on: Sequence[str] = ()
+    calibration_tokens: int = 0
+    notes: Sequence[str] = field(default_factory=tuple)
+    schema_version: int = SCHEMA_VERSION
+
+    def __post_init__(self) -> None:
+        unknown = set(self.layers) - set(UNIT_KINDS)
+        if unknown:
+            raise PlanError(f"plan names unknown unit kinds {sorted(unknown)}; known: {', '.join(UNIT_KINDS)}.")
+        if self.shape not in SHAPES:
+            raise PlanError(f"plan has shape {self.shape!r}; known: {', '.join(SHAPES)}.")
+        if self.shape == "uniform":
+            for kind, layers in self.layers.items():
+                widths = sorted({len(layer.keep) for layer in layers})
+                if len(widths) > 1:
+                    raise PlanError(
+                        f"plan has shape uniform but keeps between {widths[0]} and {widths[-1]} {kind}s per layer; "
+                        "set shape to uneven, or keep the same number everywhere."
+                    )
+
+    @property
+    def total_dense(self) -> int:
+        """Parameters before."""
+        return sum(self.parameters_dense.values())
+
+    @property
+    def total_pruned(self) -> int:
+        """Parameters after."""
+        return sum(self.parameters_pruned.values())
+
+    def to_dict(self) -> dict[str, Any]:
+        """Return plain data for JSON."""
+        return asdict(self)
+
+    @classmethod
+    def from_dict(cls, data: Mapping[str, Any]) -> Plan:
+        """Return the plan that ``to_dict`` wrote.
+
+        Raises:
+            PlanError: the data is not a plan of this schema version, or contradicts itself.
+        """
+        if data.get("schema_version") != SCHEMA_VERSION:
+            raise PlanError(
+                f"plan has schema version {data.get('schema_version')!r}; this secateur reads {SCHEMA_VERSION}. "
+                "Plan again with `secateur plan`."
+            )
+        try:
+            layers = {
+                kind: tuple(
+                    LayerPlan(
+                        num_units=layer["num_units"],
+                        keep=tuple(layer["keep"]),
+                        constants=tuple((int(c), float(v)) for c, v in layer["constants"]),
+                        lowest_kept=layer["lowest_kept"],
+                        highest_removed=layer["highest_removed"],
+                    )
+                    for layer in per_layer
+                )
+                for kind, per_layer in data["layers"].items()
+            }
+            rest = {key: value for key, value in data.items() if key != "layers"}
+            rest["calibrated_on"] = tuple(data["calibrated_on"])
+            rest["notes"] = tuple(data["notes"])
+            return cls(layers=layers, **rest)
+        except (KeyError, TypeError, ValueError) as error:
+            raise PlanError(f"this is not a plan that secateur wrote: {error!r}. Plan again.") from None
