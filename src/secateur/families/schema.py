@@ -1,0 +1,197 @@
+"""What a family file may say, and how its little expressions are read; every key is used, or parsing fails.
+
+A family file maps the field's words (``num_key_value_heads``) to one model type's configuration keys and weight names.
+An *axis* lists, for one kind of unit, every weight slice that must be cut together. Expressions are sums and products
+of dimension names and integers, such as ``"num_attention_heads * head_dim"``; ``/`` must divide exactly.
+"""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Mapping
+from typing import Literal
+
+from pydantic import BaseModel, ConfigDict, field_validator, model_validator
+
+from secateur.errors import FamilyError
+from secateur.records.units import PARTS, UNIT_KINDS
+
+_TOKEN = re.compile(r"\s*([A-Za-z_][A-Za-z0-9_]*|[0-9]+|[*/+])")
+
+
+def evaluate(expression: str, names: Mapping[str, int]) -> int:
+    """Return the value of a sum of products, for example ``"units * q_per_kv + 1"``.
+
+    Raises:
+        FamilyError: the expression is malformed, names an unknown dimension, or divides with a remainder.
+    """
+    total, product, operator = 0, None, "*"
+    for token in _tokens(expression):
+        if token == "+":
+            if product is None or operator:
+                raise FamilyError(f"cannot read the expression {expression!r}")
+            total, product, operator = total + product, None, "*"
+        elif token in "*/":
+            if operator or product is None:
+                raise FamilyError(f"cannot read the expression {expression!r}")
+            operator = token
+        else:
+            value = int(token) if token.isdigit() else _lookup(token, names, expression)
+            if not operator:
+                raise FamilyError(f"cannot read the expression {expression!r}")
+            if product is None:
+                product = value
+            elif operator == "*":
+                product *= value
+            else:
+                if value == 0 or product % value:
+                    raise FamilyError(f"{expression}: {product} / {value} is not a whole number")
+                product //= value
+            operator = ""
+    if product is None or operator:
+        raise FamilyError(f"cannot read the expression {expression!r}")
+    return total + product
+
+
+def _tokens(expression: str) -> list[str]:
+    tokens, position, text = [], 0, expression.rstrip()
+    while position < len(text):
+        match = _TOKEN.match(text, position)
+        if not match:
+            raise FamilyError(f"cannot read the expression {expression!r}")
+        tokens.append(match[1])
+        position = match.end()
+    return tokens
+
+
+def _lookup(name: str, names: Mapping[str, int], expression: str) -> int:
+    if name not in names:
+        raise FamilyError(f"{expression}: {name} is not a dimension of this model; known: {', '.join(sorted(names))}")
+    return names[name]
+
+
+class _Data(BaseModel):
+    model_config = ConfigDict(frozen=True, extra="forbid")
+
+
+class Dimension(_Data):
+    """One size: read from configuration key ``config``, else ``default``; or derived as ``value``."""
+
+    config: str | None = None
+    default: str | None = None
+    value: str | None = None
+
+    @model_validator(mode="before")
+    @classmethod
+    def _short_form(cls, data: object) -> object:
+        return {"config": data} if isinstance(data, str) else data
+
+    @model_validator(mode="after")
+    def _one_source(self) -> Dimension:
+        if (self.config is None) == (self.value is None):
+            raise ValueError("a dimension has either a config key or a value")
+        return self
+
+
+class Member(_Data):
+    """A run of rows (``side = "out"``) or columns (``side = "in"``) of one linear layer, ``width`` of them per unit."""
+
+    module: str
+    side: Literal["out", "in"]
+    width: str = "1"
+    offset: str = "0"
+
+
+class Output(_Data):
+    """A linear layer's output before the activation function, from ``offset`` on, one value per unit."""
+
+    module: str
+    offset: str = "0"
+
+    @model_validator(mode="before")
+    @classmethod
+    def _short_form(cls, data: object) -> object:
+        return {"module": data} if isinstance(data, str) else data
+
+
+class Divisor(_Data):
+    """A rule of the configuration class: ``number`` must divide ``of``."""
+
+    number: str
+    of: str
+
+
+class Axis(_Data):
+    """The coupled weight slices of one kind of unit.
+
+    Attributes:
+        name: the unit kind.
+        count: dimension that counts the units.
+        reader: the linear layer whose input holds the units in order, ``reader_width`` channels each.
+        linear: layers whose outputs are the units' values before the activation function.
+        members: every weight slice that goes with a unit, the reader's columns included.
+        config: configuration keys to write after a cut, as expressions over ``units`` and the dense dimensions.
+        divisor: what the stock configuration class demands of the number that stays, if anything.
+        fixed: why these units cannot be cut in this family; statistics are taken all the same.
+    """
+
+    name: str
+    count: str
+    reader: str
+    reader_width: str = "1"
+    linear: tuple[Output, ...] = ()
+    members: tuple[Member, ...] = ()
+    config: dict[str, str] = {}
+    divisor: Divisor | None = None
+    fixed: str | None = None
+
+    @field_validator("name")
+    @classmethod
+    def _known_kind(cls, value: str) -> str:
+        if value not in UNIT_KINDS:
+            raise ValueError(f"unknown unit kind {value!r}; known: {', '.join(UNIT_KINDS)}")
+        return value
+
+    @model_validator(mode="after")
+    def _cut_or_fixed(self) -> Axis:
+        if bool(self.fixed) == bool(self.members):
+            raise ValueError("an axis has members and config to cut, or says in `fixed` why it has none")
+        return self
+
+
+class Family(_Data):
+    """One family of decoder-only language models.
+
+    Attributes:
+        name: the family's name.
+        model_types: the ``model_type`` values of the configurations it covers.
+        layers: path of the module list of decoder layers in the causal language model.
+        weight_layout: ``out_in`` (``nn.Linear``) or ``in_out`` (GPT-2's ``Conv1D``).
+        packing: how attention is kept within a document in a packed block: ``positions`` (transformers reads restarts
+            in ``position_ids``) or ``mask`` (a mask must be passed).
+        dimensions: sizes, by the field's words.
+        parts: module name prefixes (inside the model or inside a layer) per part of the model.
+        axes: the unit kinds.
+    """
+
+    name: str
+    model_types: tuple[str, ...]
+    layers: str
+    weight_layout: Literal["out_in", "in_out"] = "out_in"
+    packing: Literal["positions", "mask"] = "positions"
+    dimensions: dict[str, Dimension]
+    parts: dict[str, tuple[str, ...]]
+    axes: tuple[Axis, ...]
+
+    @model_validator(mode="after")
+    def _complete(self) -> Family:
+        unknown = set(self.parts) - set(PARTS)
+        if unknown:
+            raise ValueError(f"unknown parts {sorted(unknown)}; known: {', '.join(PARTS)}")
+        names = [axis.name for axis in self.axes]
+        if sorted(names) != sorted(UNIT_KINDS):
+            raise ValueError(f"a family describes each of {', '.join(UNIT_KINDS)} once; got {', '.join(names)}")
+        for axis in self.axes:
+            if axis.count not in self.dimensions:
+                raise ValueError(f"axis {axis.name} counts {axis.count}, which is not under [dimensions]")
+        return self
