@@ -1,0 +1,286 @@
+"""Turns scores and a budget into a plan: how many units of each kind stay in each layer, and which.
+
+Budgets over all parameters take the same share from every unit kind: groups first (they come in few, large pieces,
+rounded towards keeping), FFN channels then make up the rest exactly.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from typing import Literal
+
+from jaxtyping import Float64
+from torch import Tensor
+
+from secateur.allocate.budget import Shapes, cost_per_unit, parameters_after, parameters_by_part
+from secateur.allocate.counts import (
+    global_counts,
+    keep_best,
+    round_to_multiple,
+    threshold_counts,
+    uniform_count,
+)
+from secateur.errors import PlanError
+from secateur.families.geometry import Geometry
+from secateur.records.plan import LayerPlan, Plan
+from secateur.records.scores import Scores
+from secateur.records.units import FFN_CHANNEL, GQA_GROUP
+
+_COARSE_WIDTH, _COARSE_MULTIPLE = 512, 32
+_RATIO_KEYS = {FFN_CHANNEL: "channels", GQA_GROUP: "groups"}
+
+
+@dataclass(frozen=True, slots=True)
+class Request:
+    """What is asked of the allocator.
+
+    Attributes:
+        budget: one of ``channels``, ``groups`` (or both), ``parameters``: shares removed; ``bytes``: target size of
+            the weights; ``threshold``: absolute score at or below which units go.
+        shape: ``uniform`` or ``uneven``.
+        allocation: ``uniform`` (same share everywhere) or ``global`` (rank the whole model; uneven shape only).
+        min_keep_ratio: share of a layer's units that global ranking and thresholds never go below.
+        multiple_of: kept FFN widths are multiples of this; ``auto`` is 32 from a width of 512 on, else 1.
+        bytes_per_parameter: of the saved weights, for ``bytes``.
+    """
+
+    budget: Mapping[str, float]
+    shape: Literal["uniform", "uneven"] = "uniform"
+    allocation: Literal["auto", "uniform", "global"] = "auto"
+    min_keep_ratio: float = 0.1
+    multiple_of: int | Literal["auto"] = "auto"
+    bytes_per_parameter: float = 4.0
+
+    @property
+    def is_global(self) -> bool:
+        """Whether layers compete with each other for units."""
+        return self.allocation == "global" or (self.allocation == "auto" and self.shape == "uneven")
+
+
+def make_plan(
+    scores: Scores,
+    geometry: Geometry,
+    shapes: Shapes,
+    request: Request,
+    *,
+    model_fingerprint: str = "",
+    calibration_tokens: int = 0,
+) -> Plan:
+    """Return the plan that meets ``request`` by keeping the best-scored units.
+
+    Args:
+        scores: importance of every unit of the kinds that may be cut.
+        geometry: of the dense model.
+        shapes: its parameters by name, tied ones once.
+        request: the budget and its constraints.
+        model_fingerprint: of the dense model, for the record.
+        calibration_tokens: behind the scores, for the record.
+
+    Raises:
+        PlanError: the budget rounds to nothing, removes everything, or cannot be met; what can be is said.
+    """
+    notes: list[str] = []
+    counts = _Counts(scores, geometry, shapes, request, notes).solve()
+    removed = {
+        kind: [axis.num_units - kept for axis, kept in zip(geometry.axes[kind], per_layer, strict=True)]
+        for kind, per_layer in counts.items()
+    }
+    if not any(any(per_layer) for per_layer in removed.values()):
+        raise PlanError(f"budget {dict(request.budget)} removes nothing. Ask for more, or use another budget.")
+    return Plan(
+        family=geometry.family.name,
+        model_fingerprint=model_fingerprint,
+        shape=request.shape,
+        method=scores.method,
+        options=dict(scores.options),
+        budget=dict(request.budget),
+        layers={
+            kind: tuple(
+                _layer_plan(layer, kept) for layer, kept in zip(scores.values[kind], per_layer, strict=True)
+            )
+            for kind, per_layer in counts.items()
+        },
+        parameters_dense=parameters_by_part(shapes, geometry),
+        parameters_pruned=parameters_after(shapes, geometry, removed),
+        calibrated_on=tuple(scores.buckets),
+        calibration_tokens=calibration_tokens,
+        notes=tuple(notes),
+    )
+
+
+def _layer_plan(scores: Float64[Tensor, "_units"], count: int) -> LayerPlan:
+    keep = keep_best(scores, count)
+    gone = sorted(set(range(len(scores))) - set(keep))
+    return LayerPlan(
+        num_units=len(scores),
+        keep=keep,
+        lowest_kept=float(scores[list(keep)].min()),
+        highest_removed=float(scores[gone].max()) if gone else None,
+    )
+
+
+class _Counts:
+    """Works out how many units of each kind stay in each layer."""
+
+    def __init__(
+        self, scores: Scores, geometry: Geometry, shapes: Shapes, request: Request, notes: list[str]
+    ) -> None:
+        self.scores = scores
+        self.geometry = geometry
+        self.shapes = shapes
+        self.request = request
+        self.notes = notes
+
+    def solve(self) -> dict[str, list[int]]:
+        budget = self.request.budget
+        if "threshold" in budget:
+            return {kind: self.by_threshold(kind, budget["threshold"]) for kind in self.scores.values}
+        if "parameters" in budget or "bytes" in budget:
+            return self.by_parameters(self.parameters_to_remove())
+        return {kind: self.by_ratio(kind, budget[_RATIO_KEYS[kind]]) for kind in self.scores.values}
+
+    def sizes(self, kind: str) -> list[int]:
+        return [axis.num_units for axis in self.geometry.axes[kind]]
+
+    def multiple(self, kind: str) -> int:
+        if kind != FFN_CHANNEL:
+            return 1
+        if self.request.multiple_of != "auto":
+            return self.request.multiple_of
+        sizes = self.sizes(kind)
+        coarse = min(sizes) >= _COARSE_WIDTH and all(size % _COARSE_MULTIPLE == 0 for size in sizes)
+        return _COARSE_MULTIPLE if coarse else 1
+
+    def is_allowed(self, kind: str, count: int) -> bool:
+        return self.request.shape == "uneven" or self.geometry.is_allowed(kind, count)
+
+    def require_even(self, kind: str) -> int:
+        sizes = self.sizes(kind)
+        if len(set(sizes)) > 1:
+            raise PlanError(
+                f"the model's layers hold between {min(sizes)} and {max(sizes)} {kind}s, so shape: uniform is not "
+                "possible. Use shape: uneven."
+            )
+        return sizes[0]
+
+    def by_ratio(self, kind: str, ratio: float) -> list[int]:
+        sizes = self.sizes(kind)
+        if self.request.is_global:
+            num_removed = round(ratio * sum(sizes))
+            if num_removed == 0:
+                raise PlanError(f"removing {ratio:.4g} of {sum(sizes)} {kind}s rounds to none. Ask for more.")
+            return self.rank_globally(kind, num_removed)
+        if self.request.shape == "uniform":
+            self.require_even(kind)
+        kept = [
+            uniform_count(
+                ratio, size, multiple=self.multiple(kind), kind=kind, is_allowed=lambda n: self.is_allowed(kind, n)
+            )
+            for size in sizes
+        ]
+        self.note_rounding(kind, ratio, kept)
+        return kept
+
+    def note_rounding(self, kind: str, ratio: float, kept: Sequence[int]) -> None:
+        real = 1 - sum(kept) / sum(self.sizes(kind))
+        if abs(real - ratio) > 1e-3:
+            self.notes.append(
+                f"asked to remove {ratio:.2%} of {kind}s; {real:.2%} go, because kept counts are multiples of "
+                f"{self.multiple(kind)}"
+            )
+
+    def rank_globally(self, kind: str, num_removed: int) -> list[int]:
+        return global_counts(
+            self.scores.values[kind],
+            num_removed,
+            min_keep_ratio=self.request.min_keep_ratio,
+            multiple=self.multiple(kind),
+            kind=kind,
+        )
+
+    def by_threshold(self, kind: str, threshold: float) -> list[int]:
+        """Keep what scores above the threshold, rounded up: no unit above the threshold ever goes."""
+        counts = threshold_counts(self.scores.values[kind], threshold)
+        multiple = self.multiple(kind)
+        if self.request.shape == "uniform":
+            size = self.require_even(kind)
+            widest = max(counts)
+            fits = [n for n in range(size, 0, -1) if self.is_allowed(kind, n) and n >= widest]
+            rounded = [n for n in fits if n % multiple == 0 or n == size]
+            kept = min(rounded)
+            if kept == size:
+                raise PlanError(
+                    f"threshold {threshold:g} removes no {kind} in shape uniform: layer {counts.index(widest)} has "
+                    f"only {size - widest} of {size} at or below it, and all layers must keep the same number. "
+                    f"Use shape: uneven, which would remove {sum(size - n for n in counts)} of {size * len(counts)}."
+                )
+            return self.floored(kind, [kept] * len(counts))
+        up = [min(size, -(-n // multiple) * multiple) for n, size in zip(counts, self.sizes(kind), strict=True)]
+        return self.floored(kind, up)
+
+    def floored(self, kind: str, counts: Sequence[int]) -> list[int]:
+        floors = [max(1, round(size * self.request.min_keep_ratio)) for size in self.sizes(kind)]
+        raised = [layer for layer, (n, floor) in enumerate(zip(counts, floors, strict=True)) if n < floor]
+        if raised:
+            self.notes.append(
+                f"{len(raised)} layers would have kept fewer {kind}s than min_keep_ratio "
+                f"{self.request.min_keep_ratio:g} allows and were raised to it"
+            )
+        return [max(n, floor) for n, floor in zip(counts, floors, strict=True)]
+
+    def parameters_to_remove(self) -> float:
+        total = sum(parameters_by_part(self.shapes, self.geometry).values())
+        budget = self.request.budget
+        if "parameters" in budget:
+            return budget["parameters"] * total
+        target = budget["bytes"] / self.request.bytes_per_parameter
+        if target >= total:
+            raise PlanError(
+                f"the model already takes {total * self.request.bytes_per_parameter:,.0f} bytes, which is not more "
+                f"than the target of {budget['bytes']:,.0f}. Ask for a smaller target."
+            )
+        return total - target
+
+    def by_parameters(self, wanted: float) -> dict[str, list[int]]:
+        costs = {kind: cost_per_unit(self.geometry, kind, self.shapes) for kind in self.scores.values}
+        owned = {
+            kind: sum(c * n for c, n in zip(costs[kind], self.sizes(kind), strict=True)) for kind in self.scores.values
+        }
+        if wanted >= sum(owned.values()):
+            raise PlanError(
+                f"the budget removes {wanted:,.0f} parameters, but the units that may be cut "
+                f"({', '.join(owned)}) own {sum(owned.values()):,}. Lower the budget or add unit kinds."
+            )
+        ratio, left, counts = wanted / sum(owned.values()), wanted, {}
+        kinds = sorted(self.scores.values, key=lambda kind: kind == FFN_CHANNEL)
+        for kind in kinds:
+            share = left / owned[kind] if kind == kinds[-1] else ratio
+            counts[kind] = self.by_share(kind, share, exact=kind == kinds[-1])
+            left -= sum(
+                cost * (size - kept)
+                for cost, size, kept in zip(costs[kind], self.sizes(kind), counts[kind], strict=True)
+            )
+        if abs(left) > 0.005 * wanted:
+            self.notes.append(f"the budget asked for {wanted:,.0f} parameters to go; {wanted - left:,.0f} do")
+        return {kind: counts[kind] for kind in self.scores.values}
+
+    def by_share(self, kind: str, share: float, *, exact: bool) -> list[int]:
+        """Keep units so that ``share`` of a kind's parameters goes; rounded towards keeping unless ``exact``."""
+        sizes = self.sizes(kind)
+        if share >= 1:
+            raise PlanError(
+                f"the budget would need {share:.0%} of the {kind}s. Lower it, or allow more unit kinds in prune.units."
+            )
+        if self.request.is_global:
+            return self.rank_globally(kind, round(share * sum(sizes)) if exact else int(share * sum(sizes)))
+        size = self.require_even(kind) if self.request.shape == "uniform" else sizes[0]
+        allowed = [n for n in range(size, 0, -1) if self.is_allowed(kind, n)]
+        aim = size * (1 - share)
+        if not exact:
+            return [min(n for n in allowed if n >= aim)] * len(sizes)
+        multiple = self.multiple(kind)
+        if len(set(sizes)) > 1:
+            return [round_to_multiple(n * (1 - share), multiple, limit=n) for n in sizes]
+        steps = [n for n in allowed if n % multiple == 0 or n == size] or allowed
+        return [min(steps, key=lambda n: (abs(n - aim), -n))] * len(sizes)

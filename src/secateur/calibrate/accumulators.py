@@ -1,0 +1,61 @@
+"""Sums over tokens that do not care how the tokens were batched: pure tensor maths, no hooks, no models.
+
+Each update reduces in float32 (float64 for float64 inputs) and is added to float64 totals.
+
+Dims: ``tokens`` real tokens of one batch, ``channels`` values per token.
+"""
+
+from __future__ import annotations
+
+import torch
+from jaxtyping import Float, Float64, Int64
+from torch import Tensor
+
+from secateur.records.statistics import Moments
+
+
+def _wide(values: Tensor) -> Tensor:
+    return values if values.dtype in (torch.float32, torch.float64) else values.float()
+
+
+def sum_abs(values: Float[Tensor, "tokens channels"]) -> Float64[Tensor, "channels"]:
+    """Return the sum over tokens of |x|."""
+    return _wide(values).abs().sum(0).double()
+
+
+def cosine_sum(first: Float[Tensor, "tokens hidden"], second: Float[Tensor, "tokens hidden"]) -> Float64[Tensor, ""]:
+    """Return the sum over tokens of cos(first, second)."""
+    return torch.cosine_similarity(_wide(first), _wide(second), dim=-1).sum().double()
+
+
+class MomentSums:
+    """Running sums of x, |x| and x^2 per channel."""
+
+    def __init__(self) -> None:
+        self._total: Moments | None = None
+
+    def update(self, values: Float[Tensor, "tokens channels"]) -> None:
+        """Add one batch of real tokens."""
+        values = _wide(values)
+        batch = Moments(
+            count=values.shape[0],
+            sum=values.sum(0).double(),
+            sum_abs=sum_abs(values),
+            sum_sq=(values * values).sum(0).double(),
+        )
+        self._total = batch if self._total is None else self._total + batch
+
+    def result(self) -> Moments:
+        """Return the sums so far, on the CPU."""
+        assert self._total is not None, "nothing was collected"
+        total = self._total
+        return Moments(total.count, total.sum.cpu(), total.sum_abs.cpu(), total.sum_sq.cpu())
+
+    def is_finite(self) -> bool:
+        """Return whether every sum is finite."""
+        return self._total is None or bool(torch.isfinite(self._total.sum_sq).all())
+
+
+def count_tokens(token_ids: Int64[Tensor, "tokens"], vocab_size: int) -> Int64[Tensor, "vocab"]:
+    """Return how often each token id occurs."""
+    return torch.bincount(token_ids, minlength=vocab_size)

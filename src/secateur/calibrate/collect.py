@@ -1,0 +1,134 @@
+"""The calibration pass: blocks through the dense model, sums out; memory does not grow with the corpus."""
+
+from __future__ import annotations
+
+import time
+from collections import defaultdict
+from functools import partial
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from secateur.calibrate.accumulators import MomentSums, cosine_sum, count_tokens, sum_abs
+from secateur.calibrate.taps import OnTensor, tapped
+from secateur.errors import CheckpointError
+from secateur.families.geometry import Geometry, LinearOutput
+from secateur.progress import Progress, silent
+from secateur.records.blocks import TokenBlocks
+from secateur.records.statistics import BucketStatistics, SiteKey
+from secateur.stream.forward import run_backbone
+
+
+def linear_tap(kind: str, index: int) -> str:
+    """Return the tap name of a unit kind's ``index``-th pre-activation output."""
+    return f"{kind}.linear{index}"
+
+
+class _Sums:
+    """Everything one pass adds up; its methods are called by the taps while a batch runs."""
+
+    def __init__(self, geometry: Geometry, vocab_size: int) -> None:
+        self.geometry = geometry
+        self.vocab_size = vocab_size
+        self.real: Tensor | None = None
+        """Indices of the batch's real tokens, or None where all are real."""
+        self.moments: defaultdict[SiteKey, MomentSums] = defaultdict(MomentSums)
+        self.linear: dict[SiteKey, Tensor] = {}
+        self.cosine: list[Tensor] = [torch.zeros((), dtype=torch.float64)] * geometry.num_layers
+        self.token_counts = torch.zeros(vocab_size, dtype=torch.int64)
+        self.num_tokens = 0
+        self.num_blocks = 0
+
+    def tokens_of(self, values: Tensor) -> Tensor:
+        """Return the batch's real tokens as rows."""
+        rows = values.reshape(-1, values.shape[-1])
+        return rows if self.real is None else rows.index_select(0, self.real)
+
+    def add_input(self, key: SiteKey, values: Tensor) -> None:
+        self.moments[key].update(self.tokens_of(values))
+
+    def add_output(self, taps: list[tuple[SiteKey, LinearOutput, int]], values: Tensor) -> None:
+        total = sum_abs(self.tokens_of(values))
+        for key, output, units in taps:
+            part = total[output.offset : output.offset + units]
+            self.linear[key] = self.linear[key] + part if key in self.linear else part
+
+    def add_layer(self, layer: int, before: Tensor, after: Tensor) -> None:
+        self.cosine[layer] = self.cosine[layer] + cosine_sum(self.tokens_of(before), self.tokens_of(after)).cpu()
+
+    def require_finite(self) -> None:
+        """Raise CheckpointError naming the first place whose activations are not finite."""
+        for (layer, kind), sums in sorted(self.moments.items()):
+            if not sums.is_finite():
+                reader = self.geometry.axes[kind][layer].reader
+                raise CheckpointError(
+                    f"activations at the input of {reader} are not finite (NaN or infinite). Check the checkpoint, or "
+                    "run with dtype: float32 if the model overflows in half precision."
+                )
+
+
+def _taps(sums: _Sums) -> dict[str, dict[str, Any]]:
+    geometry = sums.geometry
+    inputs: dict[str, OnTensor] = {}
+    grouped: defaultdict[str, list[tuple[SiteKey, LinearOutput, int]]] = defaultdict(list)
+    for kind, layers in geometry.axes.items():
+        for axis in layers:
+            inputs[axis.reader] = partial(sums.add_input, (axis.layer, kind))
+            for index, output in enumerate(axis.linear):
+                grouped[output.module].append(((axis.layer, linear_tap(kind, index)), output, axis.num_units))
+    outputs = {module: partial(sums.add_output, taps) for module, taps in grouped.items()}
+    through = {geometry.layer_name(layer): partial(sums.add_layer, layer) for layer in range(geometry.num_layers)}
+    return {"inputs": inputs, "outputs": outputs, "through": through}
+
+
+def collect(
+    model: Any,
+    blocks: TokenBlocks,
+    geometry: Geometry,
+    *,
+    batch_size: int = 4,
+    progress: Progress = silent,
+    label: str = "calibrate",
+) -> BucketStatistics:
+    """Return the sums of one pass of ``blocks`` through ``model``.
+
+    The result does not depend on the batch size or on the order of the blocks (up to float rounding), and results of
+    disjoint shards add up with ``merge_buckets``.
+
+    Args:
+        model: a transformers causal language model, on its device; it is put into evaluation mode.
+        blocks: packed calibration text.
+        geometry: of this model.
+        batch_size: blocks per forward pass.
+        progress: told about finished tokens.
+        label: name of the work for ``progress``.
+
+    Raises:
+        CheckpointError: activations are not finite; the layer is named.
+    """
+    sums = _Sums(geometry, geometry.dimensions["vocab_size"])
+    model.eval()
+    started = time.perf_counter()
+    with torch.inference_mode(), progress(label, blocks.num_tokens, "tokens") as task, tapped(model, **_taps(sums)):
+        for batch in blocks.batches(batch_size):
+            flat = batch.valid.reshape(-1)
+            sums.real = None if bool(flat.all()) else flat.nonzero()[:, 0].to(model.device)
+            run_backbone(model, batch, geometry.family)
+            sums.require_finite()
+            sums.token_counts += count_tokens(batch.input_ids.reshape(-1)[flat], sums.vocab_size)
+            sums.num_tokens += batch.num_tokens
+            sums.num_blocks += batch.input_ids.shape[0]
+            task.advance(batch.num_tokens)
+    seconds = time.perf_counter() - started
+    return BucketStatistics(
+        num_tokens=sums.num_tokens,
+        num_blocks=sums.num_blocks,
+        token_counts=sums.token_counts,
+        moments={key: value.result() for key, value in sorted(sums.moments.items())},
+        linear_abs={key: value.cpu() for key, value in sorted(sums.linear.items())},
+        cosine_sum=torch.stack(sums.cosine),
+        documents=torch.unique(blocks.documents),
+        corpus_fingerprint=blocks.fingerprint,
+        tokens_per_s=sums.num_tokens / seconds,
+    )

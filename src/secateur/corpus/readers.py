@@ -1,0 +1,134 @@
+"""A corpus spec to its documents, streamed from files or from a hub data set; it neither splits nor tokenizes."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Literal
+
+from secateur.corpus.fields import Template, parse_template, render
+from secateur.corpus.files import data_suffix, source_files
+from secateur.corpus.formats import FORMATS, PLAIN_SUFFIXES, ReadOptions, Row, check_encoding, read_rows
+from secateur.corpus.split import SPLITS
+from secateur.errors import CorpusError, UnavailableError
+from secateur.recipe import CorpusSpec
+from secateur.registry import unknown_name
+
+
+def read_documents(spec: CorpusSpec, split: str | None = None) -> Iterator[str]:
+    """Yield the documents of a corpus, in an order that depends only on the spec and the text.
+
+    Args:
+        spec: where the text is, and how a record becomes a document. Records that come out blank are passed over.
+        split: reads only the paths given for that split, where the spec gives explicit ones; otherwise it changes
+            nothing, because one source is split by document hash later.
+
+    Raises:
+        CorpusError: a path, file, template or record cannot be used; the message names the file and the row.
+        UnavailableError: a hub data set could not be had.
+    """
+    template = _checked_template(spec)
+    if spec.dataset is not None:
+        yield from _rendered(_dataset_rows(spec, spec.dataset), template, spec)
+        return
+    for path in _spec_files(spec, split):
+        yield from _file_documents(path, template, spec)
+
+
+def check_sources(spec: CorpusSpec) -> None:
+    """Refuse a corpus that cannot be read, before anything expensive starts.
+
+    Looks at the template and the encoding, at every path, and reads one document: the first of the first file of each
+    explicit split, or of the data set.
+
+    Raises:
+        CorpusError: as in ``read_documents``, or the spec has a template but no file with fields.
+        UnavailableError: a hub data set could not be had.
+    """
+    template = _checked_template(spec)
+    if spec.dataset is not None:
+        next(_rendered(_dataset_rows(spec, spec.dataset), template, spec), None)
+        return
+    for split in explicit_splits(spec) or (None,):
+        files = _spec_files(spec, split)
+        if template is not None and all(data_suffix(path) in PLAIN_SUFFIXES for path in files):
+            raise CorpusError(
+                f"text: names {', '.join(template.fields)}, but {files[0]} is plain text without fields. Remove text:, "
+                "or give .jsonl, .json, .csv or .parquet files."
+            )
+        next(_file_documents(files[0], template, spec), None)
+
+
+def explicit_splits(spec: CorpusSpec) -> tuple[Literal["calibration", "validation", "test"], ...]:
+    """Return the splits for which the spec names paths of their own; none if the text is split by hash."""
+    return tuple(split for split in SPLITS if getattr(spec, split) is not None)
+
+
+def _checked_template(spec: CorpusSpec) -> Template | None:
+    check_encoding(spec.encoding)
+    return None if spec.text is None else parse_template(spec.text)
+
+
+def _spec_files(spec: CorpusSpec, split: str | None) -> list[Path]:
+    if split is not None and split not in SPLITS:
+        raise CorpusError(unknown_name("split", split, SPLITS))
+    explicit = explicit_splits(spec)
+    if spec.path is not None:
+        return source_files(spec.path, FORMATS)
+    if split is not None and split not in explicit:
+        raise CorpusError(
+            f"the corpus names paths for {', '.join(explicit)} but none for {split}. Add {split}:, or give one path: "
+            "to be split by document."
+        )
+    wanted = explicit if split is None else (split,)
+    return [file for name in wanted for file in source_files(getattr(spec, name), FORMATS)]
+
+
+def _file_documents(path: Path, template: Template | None, spec: CorpusSpec) -> Iterator[str]:
+    options = ReadOptions(spec.encoding, spec.errors, template)
+    has_fields = data_suffix(path) not in PLAIN_SUFFIXES
+    return _rendered(read_rows(path, options), template if has_fields else None, spec)
+
+
+def _rendered(rows: Iterator[Row], template: Template | None, spec: CorpusSpec) -> Iterator[str]:
+    for where, row in rows:
+        text = encodable(render(row, template, where), spec.errors, where)
+        if text.strip():
+            yield text
+
+
+def encodable(text: str, errors: Literal["strict", "replace", "ignore"], where: str) -> str:
+    """Return text that UTF-8 can express: half surrogate pairs, as JSON escapes may leave them, are not text.
+
+    Raises:
+        CorpusError: there is such a half and ``errors`` is strict.
+    """
+    try:
+        text.encode()
+    except UnicodeEncodeError as error:
+        if errors == "strict":
+            raise CorpusError(
+                f"{where} holds half a surrogate pair, U+{ord(text[error.start]):04X}, which is not text. Correct the "
+                "record, or set errors: replace."
+            ) from None
+        return text.encode("utf-16", "surrogatepass").decode("utf-16", errors)
+    return text
+
+
+def _dataset_rows(spec: CorpusSpec, dataset: str) -> Iterator[Row]:
+    """Yield the rows of a hub data set; ``datasets`` may fail with almost any exception, so all are caught."""
+    import datasets
+
+    config = f" (config {spec.config})" if spec.config else ""
+    where = f"data set {dataset}{config}, split {spec.dataset_split}"
+    try:
+        rows = datasets.load_dataset(dataset, spec.config, split=spec.dataset_split, streaming=True)
+        for number, row in enumerate(rows, start=1):
+            yield f"{where}, row {number}", row
+    except ValueError as error:
+        raise CorpusError(f"{where} cannot be read: {error} Correct dataset:, config: or dataset_split:.") from None
+    except Exception as error:
+        raise UnavailableError(
+            f"{where} could not be had: {type(error).__name__}: {error} Check the name and the connection; for a gated "
+            "data set log in with `hf auth login`; or download it and give its files in path:."
+        ) from None

@@ -1,0 +1,9 @@
+"""Scoring: statistics and weights in, one importance per unit out; one small file per method, no budgets."""
+
+from secateur.score import contextual, magnitude, random_control, reversed_control
+from secateur.score.method import METHODS, Evidence, Method
+from secateur.score.run import score_units
+
+__all__ = ["METHODS", "Evidence", "Method", "score_units"]
+
+_ = (contextual, magnitude, random_control, reversed_control)

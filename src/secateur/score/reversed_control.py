@@ -1,0 +1,30 @@
+"""The reversed control: a method's scores turned upside down; where it is not clearly worst, the scores say little.
+
+Source: none needed; used as a sanity check in EASY-EP and REAP style studies.
+"""
+
+from __future__ import annotations
+
+from jaxtyping import Float64
+from torch import Tensor
+
+from secateur.score.method import METHODS, Evidence, register
+
+
+@register(
+    "reversed",
+    measures="another method's opinion, turned upside down",
+    formula="score_j = -score_j of the method named in option `of`",
+    needs="as the other method",
+    cost="as the other method",
+    caveat="a control",
+    source="control",
+    control=True,
+)
+def reversed_scores(evidence: Evidence, /, *, of: str = "contextual") -> Float64[Tensor, "units"]:
+    """Return minus the scores of method ``of`` with its default options.
+
+    Raises:
+        ConfigError: there is no method ``of``.
+    """
+    return -METHODS[of].function(evidence)

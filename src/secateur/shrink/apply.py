@@ -1,0 +1,117 @@
+"""Applies a plan to a model's parameters and configuration: tensors and plain data in, tensors and plain data out."""
+
+from __future__ import annotations
+
+from collections import defaultdict
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from typing import Any
+
+from torch import Tensor
+
+from secateur.errors import PlanError
+from secateur.families.geometry import Geometry, Segment
+from secateur.families.loader import UNEVEN_PREFIX, dense_model_type
+from secateur.records.plan import Plan
+from secateur.shrink.slicing import fold_constants, kept_rows
+
+_Cuts = dict[tuple[str, str], list[tuple[Segment, int, Sequence[int]]]]
+
+
+def check_plan(plan: Plan, geometry: Geometry) -> None:
+    """Refuse a plan that was made for another model.
+
+    Raises:
+        PlanError: family, layers or unit counts differ; both sides are named.
+    """
+    if plan.family != geometry.family.name:
+        raise PlanError(f"the plan is for a {plan.family} model; this is a {geometry.family.name} model. Plan again.")
+    for kind, layers in plan.layers.items():
+        have = [axis.num_units for axis in geometry.axes[kind]]
+        want = [layer.num_units for layer in layers]
+        if have != want:
+            raise PlanError(
+                f"the plan expects {kind} counts {want[:4]}... in {len(want)} layers; the model has {have[:4]}... in "
+                f"{len(have)}. Plan again for this model."
+            )
+
+
+def shrink_parameters(
+    parameters: Iterable[tuple[str, Tensor]], plan: Plan, geometry: Geometry
+) -> Iterator[tuple[str, Tensor]]:
+    """Yield every parameter under its own name, with the rows and columns of removed units gone.
+
+    Removed channels that were constant on the calibration text are folded into the bias of the projection that read
+    them. Parameters are taken one at a time, so they may be read lazily; a bias must not come before its weight.
+
+    Args:
+        parameters: (name, tensor) pairs of the dense model.
+        plan: made for this model.
+        geometry: of this model.
+
+    Raises:
+        PlanError: the plan does not fit the model.
+    """
+    check_plan(plan, geometry)
+    cuts, constants = _cuts(plan, geometry)
+    shifts: dict[str, tuple[Tensor, list[float]]] = {}
+    rows_first = geometry.family.weight_layout == "out_in"
+    for name, tensor in parameters:
+        module, _, leaf = name.rpartition(".")
+        if leaf == "weight" and module in constants:
+            matrix = tensor if rows_first else tensor.T
+            channels = [channel for channel, _ in constants[module]]
+            shifts[module] = (matrix[:, channels], [value for _, value in constants[module]])
+        if leaf == "bias" and module in constants:
+            if module not in shifts:
+                raise PlanError(f"{name} came before its weight, so removed constants cannot be folded into it.")
+            tensor = fold_constants(tensor, *shifts.pop(module))
+        yield name, _slice(tensor, leaf, module, cuts, rows_first)
+
+
+def _cuts(plan: Plan, geometry: Geometry) -> tuple[_Cuts, dict[str, list[tuple[int, float]]]]:
+    cuts: _Cuts = defaultdict(list)
+    constants: dict[str, list[tuple[int, float]]] = {}
+    for kind, layers in plan.layers.items():
+        for axis, layer in zip(geometry.axes[kind], layers, strict=True):
+            if layer.num_removed == 0:
+                continue
+            for segment in axis.segments:
+                cuts[segment.module, segment.side].append((segment, axis.num_units, layer.keep))
+            if layer.constants:
+                constants[axis.reader] = list(layer.constants)
+    return cuts, constants
+
+
+def _slice(tensor: Tensor, leaf: str, module: str, cuts: _Cuts, rows_first: bool) -> Tensor:
+    for side in ("out", "in"):
+        segments = cuts.get((module, side))
+        if not segments or (leaf != "weight" and side == "in"):
+            continue
+        dim = 0 if leaf != "weight" or (side == "out") == rows_first else 1
+        keep = kept_rows(segments, tensor.shape[dim])
+        tensor = tensor.index_select(dim, keep.to(tensor.device))
+    return tensor.contiguous()
+
+
+def shrink_config(config: Mapping[str, Any], plan: Plan, geometry: Geometry) -> dict[str, Any]:
+    """Return the configuration of the pruned model as plain data.
+
+    Uniform plans keep the stock model type. Uneven plans get our own model type and ``per_layer_config`` in
+    transformers' vocabulary, holding every layer that differs from the configuration's own values.
+    """
+    pruned = dict(config)
+    if plan.shape == "uniform":
+        for kind, layers in plan.layers.items():
+            pruned.update(geometry.config_updates(kind, len(layers[0].keep)))
+        return pruned
+    overrides: dict[str, dict[str, Any]] = {
+        str(layer): dict(values) for layer, values in (config.get("per_layer_config") or {}).items()
+    }
+    for kind, layers in plan.layers.items():
+        for index, layer in enumerate(layers):
+            if layer.num_removed:
+                overrides.setdefault(str(index), {}).update(geometry.config_updates(kind, len(layer.keep)))
+    pruned["per_layer_config"] = {key: overrides[key] for key in sorted(overrides, key=int)}
+    pruned["model_type"] = UNEVEN_PREFIX + dense_model_type(str(config["model_type"]))
+    pruned.pop("architectures", None)
+    return pruned

@@ -1,0 +1,99 @@
+"""transformers classes for models whose layers differ in width, under our own model type (``pruned_llama`` ...).
+
+A stock class gives every layer the same configuration. Ours builds the stock model and then each layer again from
+``config.per_layer_config[layer]``, transformers' own record of per-layer sizes. Everything else (caches, generation,
+attention back ends) is the stock model's. Classes are made on demand from the family files and registered with
+transformers' Auto classes by ``register_uneven_models``.
+"""
+
+from __future__ import annotations
+
+import copy
+from functools import cache
+from typing import Any
+
+from huggingface_hub.dataclasses import strict
+from transformers import AutoConfig, AutoModel, AutoModelForCausalLM
+from transformers.models.auto.configuration_auto import CONFIG_MAPPING
+from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING, MODEL_MAPPING
+
+from secateur.families.loader import UNEVEN_PREFIX, families, family_of
+
+
+def _accept_any_architecture(config: Any) -> None:
+    """Stock configurations check sizes that here belong to single layers; the shapes of the weights decide."""
+    del config
+
+
+@cache
+def uneven_classes(model_type: str) -> tuple[Any, Any, Any]:
+    """Return (configuration, base model, causal language model) classes for a stock model type."""
+    stock_config = CONFIG_MAPPING[model_type]
+    name = stock_config.__name__.removesuffix("Config")
+    config_class = strict(
+        type(
+            f"Pruned{name}Config",
+            (stock_config,),
+            {
+                "__doc__": f"{stock_config.__name__} whose layers may differ in width (``per_layer_config``).",
+                "__module__": __name__,
+                "model_type": UNEVEN_PREFIX + model_type,
+                "validate_architecture": _accept_any_architecture,
+            },
+        )
+    )
+    base = _uneven_model(MODEL_MAPPING[stock_config], config_class, model_type)
+    causal = _uneven_model(MODEL_FOR_CAUSAL_LM_MAPPING[stock_config], config_class, model_type)
+    return config_class, base, causal
+
+
+def _uneven_model(stock_model: Any, config_class: Any, model_type: str) -> Any:
+    path = family_of(model_type).layers
+
+    def __init__(self: Any, config: Any) -> None:
+        stock_model.__init__(self, _even_copy(config, model_type))
+        layers = _layer_list(self, path)
+        for index in range(len(layers)):
+            layer_config = config.per_layer_config[index]
+            layer_config._attn_implementation = self.config._attn_implementation
+            layers[index] = type(layers[index])(layer_config, layer_idx=index)
+        self.config = config
+        self.post_init()
+
+    return type(
+        f"Pruned{stock_model.__name__}",
+        (stock_model,),
+        {
+            "__doc__": f"{stock_model.__name__} with layers of different widths.",
+            "__module__": __name__,
+            "__init__": __init__,
+            "config_class": config_class,
+        },
+    )
+
+
+def _layer_list(model: Any, path: str) -> Any:
+    """Return the module list at ``path`` in the causal model, or at its tail in the bare base model."""
+    prefix = f"{model.base_model_prefix}."
+    inside = path if hasattr(model, model.base_model_prefix) else path.removeprefix(prefix)
+    return model.get_submodule(inside)
+
+
+def _even_copy(config: Any, model_type: str) -> Any:
+    data = copy.deepcopy(config.to_dict())
+    data.pop("per_layer_config", None)
+    data.pop("model_type", None)
+    even = CONFIG_MAPPING[model_type].from_dict(data)
+    even._attn_implementation = config._attn_implementation
+    return even
+
+
+@cache
+def register_uneven_models() -> None:
+    """Make transformers' Auto classes know every uneven model type; does nothing the second time."""
+    for family in families().values():
+        for model_type in family.model_types:
+            config_class, base, causal = uneven_classes(model_type)
+            AutoConfig.register(config_class.model_type, config_class)
+            AutoModel.register(config_class, base)
+            AutoModelForCausalLM.register(config_class, causal)

@@ -1,0 +1,53 @@
+"""Forward passes over packed blocks, with and without logits; no statistics and no losses.
+
+Dims: ``batch`` blocks, ``seq`` tokens per block, ``hidden`` residual width, ``vocab`` token ids.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from jaxtyping import Bool, Float, Int64
+from torch import Tensor, nn
+
+from secateur.families.schema import Family
+from secateur.records.blocks import BlockBatch
+
+
+def model_inputs(batch: BlockBatch, family: Family, model: nn.Module) -> dict[str, Any]:
+    """Return the keyword arguments that make ``model`` read a packed batch piece by piece.
+
+    Positions restart at every piece. Most families tell pieces apart by those restarts; families whose forward does
+    not look get an explicit mask.
+    """
+    weight = next(model.parameters())
+    inputs: dict[str, Any] = {
+        "input_ids": batch.input_ids.to(weight.device),
+        "position_ids": batch.position_ids.to(weight.device),
+        "use_cache": False,
+    }
+    if family.packing == "mask":
+        allowed = piece_mask(inputs["position_ids"])
+        blocked = torch.zeros(allowed.shape, dtype=weight.dtype, device=weight.device)
+        inputs["attention_mask"] = blocked.masked_fill_(~allowed, torch.finfo(weight.dtype).min)
+    return inputs
+
+
+def piece_mask(position_ids: Int64[Tensor, "batch seq"]) -> Bool[Tensor, "batch 1 seq seq"]:
+    """Return which key each query may read: earlier tokens of its own piece, and itself."""
+    piece = (position_ids == 0).cumsum(-1)
+    same = piece[:, :, None] == piece[:, None, :]
+    return (same & torch.ones(same.shape[-2:], dtype=torch.bool, device=same.device).tril())[:, None]
+
+
+def run_backbone(model: Any, batch: BlockBatch, family: Family) -> Float[Tensor, "batch seq hidden"]:
+    """Run the decoder stack without computing logits and return the final hidden states."""
+    hidden: Tensor = model.base_model(**model_inputs(batch, family, model))[0]
+    return hidden
+
+
+def run_logits(model: Any, batch: BlockBatch, family: Family) -> Float[Tensor, "batch seq vocab"]:
+    """Run the whole model and return its logits."""
+    logits: Tensor = model(**model_inputs(batch, family, model)).logits
+    return logits
