@@ -3,9 +3,10 @@
 from __future__ import annotations
 
 from contextlib import AbstractContextManager, nullcontext
-from typing import Protocol
+from typing import Protocol, runtime_checkable
 
 
+@runtime_checkable
 class Task(Protocol):
     """One piece of work in progress."""
 
@@ -13,6 +14,7 @@ class Task(Protocol):
         """Say that ``amount`` more units of work are done."""
 
 
+@runtime_checkable
 class Progress(Protocol):
     """Opens a task; the task is closed when the context ends, also by an error."""
 

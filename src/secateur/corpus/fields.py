@@ -92,7 +92,7 @@ def render(row: object, template: Template | None, where: str) -> str:
             )
         return row
     if not isinstance(row, Mapping):
-        raise CorpusError(f"{where} is a {type(row).__name__}. Give an object with fields, or a string.")
+        raise CorpusError(f"{where} holds one {type(row).__name__}. Give an object with fields, or a string.")
     if template is None:
         field = _only_text_field(row, where)
         return "" if field is None else _as_text(row[field], field, where)

@@ -47,7 +47,7 @@ def _entry_files(entry: str, known: Collection[str]) -> list[Path]:
         return _folder_files(path, known)
     if path.exists():
         if data_suffix(path) not in known:
-            raise CorpusError(f"cannot read {path}: unknown suffix {path.suffix!r}. Known: {_suffixes(known)}.")
+            raise CorpusError(f"cannot read {path}: unknown suffix {data_suffix(path)!r}. Known: {_suffixes(known)}.")
         return [path]
     if glob.has_magic(entry):
         return _glob_files(str(path), known)
@@ -63,10 +63,14 @@ def _folder_files(folder: Path, known: Collection[str]) -> list[Path]:
 
 def _walk(folder: Path, known: Collection[str]) -> list[Path]:
     files: list[Path] = []
-    for root, folders, names in os.walk(folder):
+    for root, folders, names in os.walk(folder, onerror=_refuse):
         folders[:] = [name for name in folders if not name.startswith(".")]
         files += [Path(root, name) for name in names if not name.startswith(".")]
     return sorted(file for file in files if data_suffix(file) in known)
+
+
+def _refuse(error: OSError) -> None:
+    raise CorpusError(f"cannot list folder {error.filename}: {error.strerror}. Check its rights.")
 
 
 def _glob_files(pattern: str, known: Collection[str]) -> list[Path]:

@@ -81,7 +81,8 @@ def check_encoding(encoding: str) -> None:
 
 def _read_text(path: Path, options: ReadOptions) -> Iterator[Row]:
     """Paragraphs, parted by blank lines; a file without blank lines is one."""
-    start, lines = 1, []
+    start = 1
+    lines: list[str] = []
     for number, line in enumerate(_lines(path, options), start=1):
         if line.strip():
             if not lines:
@@ -99,7 +100,8 @@ def _read_markdown(path: Path, options: ReadOptions) -> Iterator[Row]:
 
     A ``#`` inside a code fence is not a heading.
     """
-    start, section, has_body, fence = 1, list[str](), False, ""
+    start, has_body, fence = 1, False, ""
+    section: list[str] = []
     for number, line in enumerate(_lines(path, options), start=1):
         is_heading = not fence and _HEADING.match(line) is not None
         if is_heading and has_body:
@@ -131,7 +133,7 @@ def _read_json_lines(path: Path, options: ReadOptions) -> Iterator[Row]:
 
 
 def _read_json(path: Path, options: ReadOptions) -> Iterator[Row]:
-    data = _parse_json("\n".join(_lines(path, options)), str(path))
+    data = _parse_json("".join(_decoded(path, options)), str(path))
     if isinstance(data, Mapping):
         rows = _list_inside(data, options.template)
         if rows is None:
@@ -139,7 +141,7 @@ def _read_json(path: Path, options: ReadOptions) -> Iterator[Row]:
             return
         data = rows
     if not isinstance(data, list):
-        raise CorpusError(f"{path} holds a {type(data).__name__}. Give a list of records or strings, or one record.")
+        raise CorpusError(f"{path} holds one {type(data).__name__}. Give a list of records or strings, or one record.")
     for number, row in enumerate(data, start=1):
         yield f"{path}, record {number}", row
 
@@ -211,7 +213,9 @@ def _read_parquet(path: Path, options: ReadOptions) -> Iterator[Row]:
                     number += 1
                     yield f"{path}, row {number}", row
     except pyarrow.ArrowException as error:
-        raise CorpusError(f"{path} is not a readable Parquet file: {error}. Write it again, or fetch it again.") from None
+        raise CorpusError(
+            f"{path} is not a readable Parquet file: {error}. Write it again, or fetch it again."
+        ) from None
 
 
 @contextmanager
@@ -236,7 +240,7 @@ def _wanted_columns(names: list[str], template: Template | None) -> list[str] | 
 
 
 def _lines(path: Path, options: ReadOptions) -> Iterator[str]:
-    """Yield decoded lines without their ends; only ``\\n``, ``\\r\\n`` and ``\\r`` end a line."""
+    """Yield decoded lines without their ends; only line feeds, carriage returns and the two together end one."""
     pending: list[str] = []
     for text in _decoded(path, options):
         first, *others = text.split("\n")
@@ -250,7 +254,7 @@ def _lines(path: Path, options: ReadOptions) -> Iterator[str]:
 
 
 def _decoded(path: Path, options: ReadOptions) -> Iterator[str]:
-    """Yield the text of a file in portions, without a byte order mark, every line end a ``\\n``."""
+    """Yield the text of a file in portions, without a byte order mark, every line end a line feed."""
     decoder = codecs.getincrementaldecoder(options.encoding)(options.errors)
     newlines = io.IncrementalNewlineDecoder(None, translate=True)
     fed = num_lines = 0

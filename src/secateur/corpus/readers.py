@@ -9,7 +9,7 @@ from typing import Literal
 from secateur.corpus.fields import Template, parse_template, render
 from secateur.corpus.files import data_suffix, source_files
 from secateur.corpus.formats import FORMATS, PLAIN_SUFFIXES, ReadOptions, Row, check_encoding, read_rows
-from secateur.corpus.split import SPLITS
+from secateur.corpus.split import SPLITS, Split
 from secateur.errors import CorpusError, UnavailableError
 from secateur.recipe import CorpusSpec
 from secateur.registry import unknown_name
@@ -59,7 +59,7 @@ def check_sources(spec: CorpusSpec) -> None:
         next(_file_documents(files[0], template, spec), None)
 
 
-def explicit_splits(spec: CorpusSpec) -> tuple[Literal["calibration", "validation", "test"], ...]:
+def explicit_splits(spec: CorpusSpec) -> tuple[Split, ...]:
     """Return the splits for which the spec names paths of their own; none if the text is split by hash."""
     return tuple(split for split in SPLITS if getattr(spec, split) is not None)
 
@@ -126,9 +126,15 @@ def _dataset_rows(spec: CorpusSpec, dataset: str) -> Iterator[Row]:
         for number, row in enumerate(rows, start=1):
             yield f"{where}, row {number}", row
     except ValueError as error:
-        raise CorpusError(f"{where} cannot be read: {error} Correct dataset:, config: or dataset_split:.") from None
+        raise CorpusError(
+            f"{where} cannot be read: {_sentence(error)} Correct dataset:, config: or dataset_split:."
+        ) from None
     except Exception as error:
         raise UnavailableError(
-            f"{where} could not be had: {type(error).__name__}: {error} Check the name and the connection; for a gated "
-            "data set log in with `hf auth login`; or download it and give its files in path:."
+            f"{where} could not be had: {type(error).__name__}: {_sentence(error)} Check the name and the "
+            "connection; for a gated data set log in with `hf auth login`; or download it and give its files in path:."
         ) from None
+
+
+def _sentence(error: Exception) -> str:
+    return f"{str(error).strip().rstrip('.')}."

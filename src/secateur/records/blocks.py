@@ -9,7 +9,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from dataclasses import dataclass
-from typing import Protocol
+from typing import Protocol, runtime_checkable
 
 from jaxtyping import Bool, Int64
 from torch import Tensor
@@ -39,6 +39,7 @@ class BlockBatch:
         return int(self.valid.sum())
 
 
+@runtime_checkable
 class TokenBlocks(Protocol):
     """A split of a corpus, tokenized and packed; iterating runs over it once, from the start."""
 

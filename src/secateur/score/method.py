@@ -5,7 +5,7 @@ from __future__ import annotations
 import inspect
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any, Protocol, get_args, get_origin, get_type_hints
+from typing import Any, Protocol, get_args, get_origin, get_type_hints, runtime_checkable
 
 from jaxtyping import Float, Float64
 from torch import Tensor
@@ -39,6 +39,7 @@ class Evidence:
     seed: int
 
 
+@runtime_checkable
 class ScoreFunction(Protocol):
     """One importance per unit, float64, higher = keep."""
 

@@ -20,8 +20,8 @@ from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING, 
 from secateur.families.loader import UNEVEN_PREFIX, families, family_of
 
 
-def _accept_any_architecture(config: Any) -> None:
-    """Stock configurations check sizes that here belong to single layers; the shapes of the weights decide."""
+def _accept_any_sizes(config: Any) -> None:
+    """Stock configurations check head counts that here belong to single layers; the shapes of the weights decide."""
     del config
 
 
@@ -38,7 +38,8 @@ def uneven_classes(model_type: str) -> tuple[Any, Any, Any]:
                 "__doc__": f"{stock_config.__name__} whose layers may differ in width (``per_layer_config``).",
                 "__module__": __name__,
                 "model_type": UNEVEN_PREFIX + model_type,
-                "validate_architecture": _accept_any_architecture,
+                "validate_architecture": _accept_any_sizes,
+                "validate_rope": _accept_any_sizes,
             },
         )
     )

@@ -1,0 +1,402 @@
+"""A split of a corpus as packed token blocks: tokenize, cut into pieces, lay the pieces into blocks.
+
+A piece is a run of tokens of one document; it is never longer than a block, never parted, and its positions start at
+0, which is how ``transformers`` tells pieces apart. Padding is such a run of its own. Nothing here runs a model.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+from collections.abc import Collection, Iterable, Iterator, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+import torch
+from jaxtyping import Int32, Int64
+from torch import Tensor
+
+from secateur.corpus.readers import encodable, explicit_splits, read_documents
+from secateur.corpus.split import Selection, Split, select_documents
+from secateur.errors import CorpusError
+from secateur.recipe import CorpusSpec, SplitRatios
+from secateur.records.blocks import BlockBatch
+
+BYTES_PER_TOKEN = 16
+"""More text than any tokenizer needs per token: how much is read for a given number of tokens."""
+
+MIN_PIECE_TOKENS = 2
+"""A piece of one token predicts nothing, and its end would not show in the positions."""
+
+OPEN_BLOCKS = 64
+"""Blocks that may still take a piece while packing."""
+
+PADDING_ID = 0
+"""Token id on padding: any id will do, and this one every vocabulary has (a ``pad_token_id`` may lie outside)."""
+
+_TOKENIZER_BATCH = 64
+
+
+@dataclass(frozen=True, slots=True)
+class Piece:
+    """A run of tokens that is placed as a whole.
+
+    Attributes:
+        ids: token ids, the prefix included.
+        document: index of its document.
+        num_bytes: UTF-8 bytes of the text that its predicted tokens cover.
+    """
+
+    ids: Int32[np.ndarray, " tokens"]
+    document: int
+    num_bytes: int
+
+
+@dataclass(slots=True, eq=False)
+class PackedBlocks:
+    """Implements ``TokenBlocks`` for text in memory; build it with ``load_split``.
+
+    It is not frozen only because the protocol's attributes are plain; nothing changes it.
+
+    Attributes:
+        name: of the corpus, for messages and manifests.
+        split: which split it is.
+        fingerprint: identifies the documents, their tokens and the tokenizer.
+        documents: 63-bit hashes of the documents, ascending; a document's index is its place here.
+        num_tokens: real tokens.
+        num_blocks: blocks.
+        num_duplicates: copies of chosen documents that were dropped.
+        num_excluded: documents that were dropped because the caller excluded them.
+        block_size: tokens per block, padding included.
+        blocks: for each block its pieces, in order; together never longer than a block.
+    """
+
+    name: str
+    split: Split
+    fingerprint: str
+    documents: Int64[Tensor, " documents"]
+    num_tokens: int
+    num_blocks: int
+    num_duplicates: int
+    num_excluded: int
+    block_size: int
+    blocks: list[list[Piece]]
+
+    @property
+    def num_documents(self) -> int:
+        """Documents that have at least one token in a block."""
+        return len(self.documents)
+
+    def batches(self, batch_size: int) -> Iterator[BlockBatch]:
+        """Yield batches of at most ``batch_size`` blocks, in a fixed order, every one ``block_size`` wide.
+
+        Raises:
+            CorpusError: the batch size is below 1.
+        """
+        if batch_size < 1:
+            raise CorpusError(f"batch size {batch_size} is too small; it must be at least 1.")
+        for first in range(0, self.num_blocks, batch_size):
+            yield _batch(self.blocks[first : first + batch_size], self.block_size)
+
+    def describe(self) -> dict[str, Any]:
+        """Return what a manifest records of this split: names and counts, no text."""
+        return {
+            "name": self.name,
+            "split": self.split,
+            "fingerprint": self.fingerprint,
+            "block_size": self.block_size,
+            "num_blocks": self.num_blocks,
+            "num_tokens": self.num_tokens,
+            "num_documents": self.num_documents,
+            "num_duplicates": self.num_duplicates,
+            "num_excluded": self.num_excluded,
+        }
+
+
+def load_split(
+    source: CorpusSpec | Sequence[str],
+    split: Split,
+    tokenizer: Any,
+    *,
+    block_size: int,
+    max_tokens: int | None,
+    exclude: Collection[int] = (),
+    name: str = "corpus",
+) -> PackedBlocks:
+    """Return a split of a corpus as packed blocks.
+
+    Documents are taken in ascending order of hash until ``max_tokens``; the last one is cut short. Where the
+    tokenizer itself puts tokens such as a BOS before a text, every piece begins with them.
+
+    Args:
+        source: a corpus spec, or documents in memory (split by hash with the default shares).
+        split: the one wanted.
+        tokenizer: a fast ``transformers`` tokenizer.
+        block_size: tokens per block.
+        max_tokens: most tokens to take, prefixes included; None for all.
+        exclude: hashes of documents that must not be taken, such as those of another bucket.
+        name: of the corpus, for messages.
+
+    Raises:
+        CorpusError: the text cannot be read, there is too little of it, or the tokenizer is not a fast one.
+        UnavailableError: a hub data set could not be had.
+    """
+    if not getattr(tokenizer, "is_fast", False):
+        raise CorpusError(
+            f"tokenizer {type(tokenizer).__name__} is not a fast one, and only those say which text a token covers. "
+            "Load it with AutoTokenizer, or convert it to tokenizer.json."
+        )
+    prefix = leading_special_ids(tokenizer)
+    _check_sizes(block_size, max_tokens, len(prefix), split)
+    selection = _select(source, split, max_tokens, exclude, name)
+    pieces, documents = _take_pieces(selection, tokenizer, prefix, block_size, max_tokens)
+    num_tokens = sum(len(piece.ids) for piece in pieces)
+    if num_tokens < block_size:
+        raise CorpusError(
+            f"{split} text of corpus {name!r} has {num_tokens} tokens; one block needs {block_size}: give more text "
+            "or lower calibrate.block_size."
+        )
+    placed = place_pieces([len(piece.ids) for piece in pieces], block_size)
+    return PackedBlocks(
+        name=name,
+        split=split,
+        fingerprint=_fingerprint(split, documents, pieces, block_size, tokenizer),
+        documents=torch.tensor(documents, dtype=torch.int64),
+        num_tokens=num_tokens,
+        num_blocks=len(placed),
+        num_duplicates=selection.num_duplicates,
+        num_excluded=selection.num_excluded,
+        block_size=block_size,
+        blocks=[[pieces[piece] for piece in block] for block in placed],
+    )
+
+
+def leading_special_ids(tokenizer: Any) -> list[int]:
+    """Return the ids that the tokenizer puts before a text by itself, such as a BOS; none for many tokenizers."""
+    bare = tokenizer("a", add_special_tokens=False)["input_ids"]
+    full = tokenizer("a", add_special_tokens=True)["input_ids"]
+    starts = [start for start in range(len(full) - len(bare) + 1) if full[start : start + len(bare)] == bare]
+    return list(full[: starts[0]]) if starts else []
+
+
+def cut_document(num_tokens: int, num_prefix: int, block_size: int, max_tokens: int | None) -> list[tuple[int, int]]:
+    """Return the (start, stop) of the pieces of a document, in its own tokens, without prefix.
+
+    Args:
+        num_tokens: tokens of the document.
+        num_prefix: tokens put before every piece.
+        block_size: most tokens of a piece, prefix included.
+        max_tokens: most tokens of all pieces together, prefixes included; None for no limit.
+
+    Returns:
+        Pieces from the start of the document, without gaps; a last piece under ``MIN_PIECE_TOKENS`` is left out.
+    """
+    left = max_tokens
+    pieces: list[tuple[int, int]] = []
+    for start in range(0, num_tokens, block_size - num_prefix):
+        room = block_size if left is None else min(block_size, left)
+        stop = min(num_tokens, start + room - num_prefix)
+        length = num_prefix + stop - start
+        if stop <= start or length < MIN_PIECE_TOKENS:
+            break
+        pieces.append((start, stop))
+        left = None if left is None else left - length
+    return pieces
+
+
+def place_pieces(lengths: Sequence[int], block_size: int, open_blocks: int = OPEN_BLOCKS) -> list[list[int]]:
+    """Return for each block the indices of its pieces: online best fit over a bounded number of open blocks.
+
+    A piece goes to the open block it fills best, the oldest of equals, or opens one; when too many are open, the
+    fullest is closed.
+
+    Args:
+        lengths: tokens of each piece, at most ``block_size``.
+        block_size: tokens of a block.
+        open_blocks: most blocks that stay open.
+    """
+    blocks: list[list[int]] = []
+    room: dict[int, int] = {}  # of the open blocks, oldest first; min() therefore breaks ties by age
+    for piece, length in enumerate(lengths):
+        fitting = [block for block, tokens in room.items() if tokens >= length]
+        if fitting:
+            block = min(fitting, key=room.__getitem__)
+        else:
+            block = len(blocks)
+            blocks.append([])
+            room[block] = block_size
+        blocks[block].append(piece)
+        room[block] -= length
+        if room[block] < MIN_PIECE_TOKENS:
+            del room[block]
+        elif len(room) > open_blocks:
+            del room[min(room, key=room.__getitem__)]
+    return blocks
+
+
+def covered_bytes(text: str, offsets: Sequence[tuple[int, int]]) -> Int64[np.ndarray, " ends"]:
+    """Return how many UTF-8 bytes of the text lie before the end of each token, with a leading 0.
+
+    The difference of two entries is what the tokens between them cover. It never decreases, so that a character
+    shared by two tokens counts once, with the first, and white space that no token covers counts with the next.
+
+    Args:
+        text: the document.
+        offsets: start and end of each token in characters.
+    """
+    ends = np.zeros(len(offsets) + 1, dtype=np.int64)
+    ends[1:] = [end for _, end in offsets]
+    ends = np.minimum(np.maximum.accumulate(ends), len(text))
+    if text.isascii():
+        return ends
+    points = np.frombuffer(text.encode("utf-32-le"), dtype=np.uint32)
+    widths = 1 + (points >= 0x80).astype(np.int64) + (points >= 0x800) + (points >= 0x10000)
+    return np.concatenate(([0], np.cumsum(widths)))[ends]
+
+
+def _check_sizes(block_size: int, max_tokens: int | None, num_prefix: int, split: Split) -> None:
+    smallest = max(MIN_PIECE_TOKENS, num_prefix + 1)
+    if block_size < smallest:
+        raise CorpusError(f"a block of {block_size} tokens is too small for this tokenizer; give at least {smallest}.")
+    if max_tokens is not None and max_tokens < block_size:
+        stage = "calibrate" if split == "calibration" else "evaluate"
+        raise CorpusError(
+            f"max_tokens {max_tokens} is less than one block of {block_size} tokens: raise {stage}.max_tokens or lower "
+            "calibrate.block_size."
+        )
+
+
+def _select(
+    source: CorpusSpec | Sequence[str], split: Split, max_tokens: int | None, exclude: Collection[int], name: str
+) -> Selection:
+    documents: Iterable[str]
+    ratios: SplitRatios | None
+    if isinstance(source, CorpusSpec):
+        documents = read_documents(source, split)
+        ratios = None if explicit_splits(source) else source.splits
+    elif isinstance(source, str):
+        raise CorpusError(f"corpus {name!r} is one string. Give a list of documents, or a CorpusSpec for files.")
+    else:
+        documents = (
+            encodable(text, "strict", f"document {number} of corpus {name!r}")
+            for number, text in enumerate(source, start=1)
+        )
+        ratios = SplitRatios()
+    max_bytes = None if max_tokens is None else max_tokens * BYTES_PER_TOKEN
+    selection = select_documents(documents, split=split, ratios=ratios, max_bytes=max_bytes, exclude=exclude)
+    if not selection.num_seen:
+        raise CorpusError(f"corpus {name!r} is empty: no record holds any text. Give files or records with text.")
+    if not selection.texts:
+        others = (
+            f" ({selection.num_excluded} left out because another split has them)" if selection.num_excluded else ""
+        )
+        raise CorpusError(
+            f"corpus {name!r}: {selection.num_seen} documents gave 0 for split {split}{others}; give more text or set "
+            "splits."
+        )
+    return selection
+
+
+def _take_pieces(
+    selection: Selection, tokenizer: Any, prefix: list[int], block_size: int, max_tokens: int | None
+) -> tuple[list[Piece], list[int]]:
+    """Return the pieces in document order, and the hashes of the documents that have any."""
+    pieces: list[Piece] = []
+    documents: list[int] = []
+    left = max_tokens
+    for digest, (text, ids, offsets) in zip(
+        selection.hashes, _tokenized(selection.texts, tokenizer, max_tokens), strict=True
+    ):
+        cuts = cut_document(len(ids), len(prefix), block_size, left)
+        if cuts:
+            pieces += _document_pieces(text, ids, offsets, cuts, prefix, len(documents))
+            documents.append(digest)
+        if left is not None:
+            left -= sum(len(prefix) + stop - start for start, stop in cuts)
+            if left < max(MIN_PIECE_TOKENS, len(prefix) + 1):
+                break
+    return pieces, documents
+
+
+def _tokenized(
+    texts: Sequence[str], tokenizer: Any, max_tokens: int | None
+) -> Iterator[tuple[str, list[int], list[tuple[int, int]]]]:
+    """Yield text, token ids and character offsets of each document; a text far over the limit is cut first."""
+    max_characters = None if max_tokens is None else max_tokens * BYTES_PER_TOKEN
+    for first in range(0, len(texts), _TOKENIZER_BATCH):
+        batch = [text[:max_characters] for text in texts[first : first + _TOKENIZER_BATCH]]
+        encoded = tokenizer(
+            batch,
+            add_special_tokens=False,
+            return_offsets_mapping=True,
+            return_attention_mask=False,
+            return_token_type_ids=False,
+            padding=False,
+            truncation=False,
+            verbose=False,  # long documents are expected here; no warning about the model's length
+        )
+        yield from zip(batch, encoded["input_ids"], encoded["offset_mapping"], strict=True)
+
+
+def _document_pieces(
+    text: str,
+    ids: list[int],
+    offsets: list[tuple[int, int]],
+    cuts: list[tuple[int, int]],
+    prefix: list[int],
+    document: int,
+) -> list[Piece]:
+    """Return a document's pieces; without a prefix a piece's first token is context only, and its bytes not counted."""
+    reach = covered_bytes(text, offsets)
+    context = 0 if prefix else 1
+    return [
+        Piece(
+            ids=np.array(prefix + ids[start:stop], dtype=np.int32),
+            document=document,
+            num_bytes=int(reach[stop] - reach[start + context]),
+        )
+        for start, stop in cuts
+    ]
+
+
+def _batch(blocks: Sequence[Sequence[Piece]], block_size: int) -> BlockBatch:
+    shape = (len(blocks), block_size)
+    input_ids = np.full(shape, PADDING_ID, dtype=np.int64)
+    position_ids = np.zeros(shape, dtype=np.int64)
+    document = np.full(shape, -1, dtype=np.int64)
+    for row, pieces in enumerate(blocks):
+        start = 0
+        for piece in pieces:
+            stop = start + len(piece.ids)
+            input_ids[row, start:stop] = piece.ids
+            position_ids[row, start:stop] = np.arange(stop - start)
+            document[row, start:stop] = piece.document
+            start = stop
+        position_ids[row, start:] = np.arange(block_size - start)
+    return BlockBatch(
+        input_ids=torch.from_numpy(input_ids),
+        position_ids=torch.from_numpy(position_ids),
+        valid=torch.from_numpy(document >= 0),
+        document=torch.from_numpy(document),
+        piece_bytes=tuple((piece.document, piece.num_bytes) for pieces in blocks for piece in pieces),
+    )
+
+
+def _fingerprint(
+    split: Split, documents: Sequence[int], pieces: Iterable[Piece], block_size: int, tokenizer: Any
+) -> str:
+    """Return a hex digest of all that decides the blocks. The tokens are in it: a document's hash ignores spacing."""
+    digest = hashlib.blake2b(digest_size=16)
+    header = [split, block_size, list(documents), len(tokenizer), _tokenizer_state(tokenizer)]
+    digest.update(json.dumps(header).encode())
+    for piece in pieces:
+        digest.update(len(piece.ids).to_bytes(8, "little"))
+        digest.update(piece.ids.astype("<i4").tobytes())
+    return digest.hexdigest()
+
+
+def _tokenizer_state(tokenizer: Any) -> str:
+    """Return the tokenizer as JSON, less the padding and truncation that its last caller happened to set."""
+    state = json.loads(tokenizer.backend_tokenizer.to_str())
+    return json.dumps({**state, "padding": None, "truncation": None}, sort_keys=True)

@@ -1,0 +1,230 @@
+"""Files and folders that are whole or not there at all; and records to and from disk."""
+
+from __future__ import annotations
+
+import errno
+import hashlib
+import json
+import os
+import shutil
+import tempfile
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+import torch
+from platformdirs import user_cache_dir
+from safetensors import SafetensorError
+from safetensors.torch import load_file, save_file
+from torch import Tensor
+
+from secateur.errors import CheckpointError, ExportError
+from secateur.records.scores import Scores
+from secateur.records.statistics import BucketStatistics, Moments
+
+STATISTICS_VERSION = 1
+
+
+def cache_folder() -> Path:
+    """Return the user's cache folder for secateur (environment variable ``SECATEUR_CACHE`` wins)."""
+    return Path(os.environ.get("SECATEUR_CACHE") or user_cache_dir("secateur"))
+
+
+@contextmanager
+def disk_errors(target: Path) -> Iterator[None]:
+    """Turn a full disk or a forbidden place into an error that says where and what to do."""
+    try:
+        yield
+    except OSError as error:
+        if error.errno in (errno.ENOSPC, errno.EDQUOT):
+            raise ExportError(f"the disk is full: {target} could not be written. Free space, or choose another output.")
+        if error.errno in (errno.EACCES, errno.EPERM, errno.EROFS, errno.ENOTDIR):
+            raise ExportError(f"{target} cannot be written ({error.strerror}). Choose another output.") from None
+        raise
+    except SafetensorError as error:
+        if "No space left" in str(error) or "os error 28" in str(error):
+            raise ExportError(f"the disk is full: {target} could not be written. Free space, or choose another output.")
+        raise
+
+
+@contextmanager
+def atomic_folder(target: Path) -> Iterator[Path]:
+    """Give a temporary folder beside ``target``; it becomes ``target`` only if the block ends well."""
+    target.parent.mkdir(parents=True, exist_ok=True)
+    work = Path(tempfile.mkdtemp(prefix=f".{target.name}-", dir=target.parent))
+    try:
+        yield work
+        work.chmod(0o755)
+        old = target.with_name(f".{target.name}-old-{os.getpid()}")
+        if target.exists():
+            os.replace(target, old)
+        os.replace(work, target)
+        shutil.rmtree(old, ignore_errors=True)
+    finally:
+        shutil.rmtree(work, ignore_errors=True)
+
+
+def write_text(path: Path, text: str) -> None:
+    """Write a text file under a temporary name and rename it."""
+    with disk_errors(path):
+        path.parent.mkdir(parents=True, exist_ok=True)
+        temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
+        try:
+            temporary.write_text(text, encoding="utf-8")
+            os.replace(temporary, path)
+        finally:
+            temporary.unlink(missing_ok=True)
+
+
+def write_json(path: Path, data: Mapping[str, Any]) -> None:
+    """Write plain data as readable JSON, atomically."""
+    write_text(path, json.dumps(data, indent=1, ensure_ascii=False) + "\n")
+
+
+def read_json(path: Path) -> dict[str, Any]:
+    """Return the plain data in a JSON file.
+
+    Raises:
+        CheckpointError: the file is missing or broken.
+    """
+    try:
+        data: dict[str, Any] = json.loads(path.read_text(encoding="utf-8"))
+    except (OSError, ValueError) as error:
+        raise CheckpointError(f"{path} cannot be read: {error}. Delete it; it will be made again.") from None
+    return data
+
+
+def _write_tensors(path: Path, tensors: Mapping[str, Tensor], metadata: Mapping[str, Any]) -> None:
+    """Write tensors, then the JSON beside them that says they are complete."""
+    with disk_errors(path):
+        path.parent.mkdir(parents=True, exist_ok=True)
+        temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
+        try:
+            save_file({name: tensor.contiguous() for name, tensor in tensors.items()}, temporary)
+            os.replace(temporary, path)
+        finally:
+            temporary.unlink(missing_ok=True)
+    write_json(path.with_suffix(".json"), metadata)
+
+
+def _read_tensors(path: Path) -> dict[str, Tensor]:
+    try:
+        tensors: dict[str, Tensor] = load_file(path)
+    except (OSError, SafetensorError) as error:
+        raise CheckpointError(f"{path} cannot be read: {error}. Delete it; it will be made again.") from None
+    return tensors
+
+
+def write_statistics(path: Path, statistics: BucketStatistics, metadata: Mapping[str, Any]) -> None:
+    """Write one bucket's statistics as ``path`` (.safetensors) and a JSON file beside it.
+
+    Args:
+        path: ends in ``.safetensors``.
+        statistics: the sums.
+        metadata: what else to record: model fingerprint, versions, the text's description.
+    """
+    tensors = {
+        "token_counts": statistics.token_counts,
+        "cosine_sum": statistics.cosine_sum,
+        "documents": statistics.documents,
+    }
+    counts = {}
+    for (layer, tap), moments in statistics.moments.items():
+        place = f"moments/{layer}/{tap}"
+        tensors |= {f"{place}/sum": moments.sum, f"{place}/sum_abs": moments.sum_abs, f"{place}/sum_sq": moments.sum_sq}
+        counts[place] = moments.count
+    for (layer, tap), total in statistics.linear_abs.items():
+        tensors[f"linear_abs/{layer}/{tap}"] = total
+    plain = {
+        "schema_version": STATISTICS_VERSION,
+        "num_tokens": statistics.num_tokens,
+        "num_blocks": statistics.num_blocks,
+        "corpus_fingerprint": statistics.corpus_fingerprint,
+        "tokens_per_s": statistics.tokens_per_s,
+        "counts": counts,
+    }
+    _write_tensors(path, tensors, {**plain, **metadata})
+
+
+def read_statistics(path: Path) -> tuple[BucketStatistics, dict[str, Any]]:
+    """Return one bucket's statistics and the metadata written with them.
+
+    Raises:
+        CheckpointError: the files are missing, broken, or of another version.
+    """
+    metadata = read_json(path.with_suffix(".json"))
+    if metadata.get("schema_version") != STATISTICS_VERSION:
+        raise CheckpointError(f"{path} has another version of the statistics format. Delete it and calibrate again.")
+    tensors = _read_tensors(path)
+    try:
+        moments = {
+            _site(place): Moments(
+                count, tensors[f"{place}/sum"], tensors[f"{place}/sum_abs"], tensors[f"{place}/sum_sq"]
+            )
+            for place, count in metadata["counts"].items()
+        }
+        linear = {_site(name): tensor for name, tensor in tensors.items() if name.startswith("linear_abs/")}
+        statistics = BucketStatistics(
+            num_tokens=metadata["num_tokens"],
+            num_blocks=metadata["num_blocks"],
+            token_counts=tensors["token_counts"],
+            moments=dict(sorted(moments.items())),
+            linear_abs=dict(sorted(linear.items())),
+            cosine_sum=tensors["cosine_sum"],
+            documents=tensors["documents"],
+            corpus_fingerprint=metadata["corpus_fingerprint"],
+            tokens_per_s=metadata["tokens_per_s"],
+        )
+    except KeyError as error:
+        raise CheckpointError(f"{path} lacks {error}. Delete it and calibrate again.") from None
+    return statistics, metadata
+
+
+def _site(place: str) -> tuple[int, str]:
+    _, layer, tap = place.split("/")
+    return int(layer), tap
+
+
+def write_scores(path: Path, scores: Scores) -> None:
+    """Write scores as ``path`` (.safetensors) and a JSON file beside it."""
+    tensors = {f"{kind}/{i}": layer for kind, layers in scores.values.items() for i, layer in enumerate(layers)}
+    _write_tensors(
+        path,
+        tensors,
+        {
+            "method": scores.method,
+            "options": dict(scores.options),
+            "buckets": list(scores.buckets),
+            "layers": {kind: len(layers) for kind, layers in scores.values.items()},
+            "inputs_fingerprint": scores.inputs_fingerprint,
+        },
+    )
+
+
+def read_scores(path: Path) -> Scores:
+    """Return the scores that ``write_scores`` wrote.
+
+    Raises:
+        CheckpointError: the files are missing or broken.
+    """
+    metadata, tensors = read_json(path.with_suffix(".json")), _read_tensors(path)
+    values = {kind: [tensors[f"{kind}/{i}"] for i in range(count)] for kind, count in metadata["layers"].items()}
+    return Scores(
+        metadata["method"], metadata["options"], tuple(metadata["buckets"]), values, metadata["inputs_fingerprint"]
+    )
+
+
+def digest(*parts: object) -> str:
+    """Return a short hash of plain data, for names and cache keys."""
+    text = json.dumps(parts, sort_keys=True, ensure_ascii=False, default=str)
+    return hashlib.blake2b(text.encode(), digest_size=12).hexdigest()
+
+
+def statistics_digest(statistics: BucketStatistics) -> str:
+    """Return what identifies the sums themselves."""
+    state = hashlib.blake2b(digest_size=12)
+    for (layer, tap), moments in statistics.moments.items():
+        state.update(f"{layer}/{tap}/{moments.count}".encode())
+        state.update(moments.sum_abs.to(torch.float64).numpy().tobytes())
+    return state.hexdigest()

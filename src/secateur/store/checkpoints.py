@@ -1,0 +1,438 @@
+"""Models in and out: local folders, hub ids and GGUF files become a folder; folders become models; models folders.
+
+Only safetensors and GGUF are read: a pickle can run code. Nothing is left half-written under its final name.
+"""
+
+from __future__ import annotations
+
+import copy
+import hashlib
+import json
+import os
+import shutil
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from secateur.errors import CheckpointError, ExportError, UnavailableError
+from secateur.families.geometry import Geometry, build_geometry
+from secateur.families.loader import family_of
+from secateur.store.artifacts import atomic_folder, cache_folder, disk_errors
+from secateur.store.modeling import register_uneven_models
+
+_DTYPES = {
+    "float64": torch.float64,
+    "float32": torch.float32,
+    "bfloat16": torch.bfloat16,
+    "float16": torch.float16,
+}
+_UNSAFE_SUFFIXES = (".bin", ".pt", ".pth", ".pkl")
+_HUB_FILES = ["*.safetensors", "*.safetensors.index.json", "*.json", "*.model", "*.jinja", "*.txt", "README.md"]
+
+
+@dataclass(frozen=True, slots=True)
+class Checkpoint:
+    """A model on disk that can be loaded.
+
+    Attributes:
+        spec: what the person wrote: folder, hub id or GGUF file.
+        folder: a local folder with config.json and safetensors.
+        config: its configuration as plain data, with every default written out.
+        geometry: its family met by this configuration.
+        shapes: parameters by name, tied ones once.
+        dtype: of the stored weights.
+        size_bytes: of the weight files.
+    """
+
+    spec: str
+    folder: Path
+    config: Mapping[str, Any]
+    geometry: Geometry
+    shapes: Mapping[str, tuple[int, ...]]
+    dtype: torch.dtype
+    size_bytes: int
+
+    @property
+    def name(self) -> str:
+        """A readable name: the hub id, or the last part of the path."""
+        return Path(self.spec).stem if Path(self.spec).exists() else self.spec
+
+
+def resolve_model(spec: str, *, trust_remote_code: bool = False) -> Checkpoint:
+    """Return the checkpoint behind a folder, a ``.gguf`` file or a hub id, without loading its weights.
+
+    A GGUF file is dequantised once, through transformers' own loader, into the user's cache folder.
+
+    Raises:
+        CheckpointError: nothing there, or only pickles, or not a causal language model we can load.
+        FamilyError: the model type is not supported.
+        UnavailableError: a hub id that is neither cached nor reachable.
+    """
+    register_uneven_models()
+    path = Path(spec).expanduser()
+    if path.suffix.lower() == ".gguf":
+        folder = _dequantised(path)
+    elif path.is_dir():
+        folder = path
+    elif path.exists():
+        raise CheckpointError(f"model {spec} is a file; give its folder, a .gguf file, or a hub id.")
+    elif spec.startswith((".", "/", "~")) or spec.count("/") > 1:
+        raise CheckpointError(f"model folder {spec} does not exist. Give a local folder, a .gguf file or a hub id.")
+    else:
+        folder = _from_hub(spec)
+    return _describe(spec, folder, trust_remote_code)
+
+
+def _describe(spec: str, folder: Path, trust_remote_code: bool) -> Checkpoint:
+    from transformers import AutoConfig, AutoModelForCausalLM
+
+    raw = _read_config(folder)
+    family = family_of(str(raw.get("model_type")))
+    if raw.get("auto_map") and raw.get("model_type") not in _registered_types() and not trust_remote_code:
+        raise CheckpointError(f"model {spec} needs its own Python code. If you trust it, set trust_remote_code: true.")
+    _refuse_pickles(spec, folder)
+    config = AutoConfig.from_pretrained(folder, trust_remote_code=trust_remote_code)
+    plain = config.to_dict()
+    with torch.device("meta"):
+        empty = AutoModelForCausalLM.from_config(config, trust_remote_code=trust_remote_code)
+    files = sorted(folder.glob("*.safetensors"))
+    return Checkpoint(
+        spec=spec,
+        folder=folder,
+        config=plain,
+        geometry=build_geometry(family, plain),
+        shapes={name: tuple(parameter.shape) for name, parameter in empty.named_parameters()},
+        dtype=_stored_dtype(files),
+        size_bytes=sum(file.stat().st_size for file in files),
+    )
+
+
+def _registered_types() -> Iterable[str]:
+    from transformers.models.auto.configuration_auto import CONFIG_MAPPING
+
+    keys: Iterable[str] = CONFIG_MAPPING.keys()
+    return keys
+
+
+def _read_config(folder: Path) -> dict[str, Any]:
+    file = folder / "config.json"
+    if not file.is_file():
+        found = ", ".join(sorted(p.name for p in folder.iterdir())[:8]) or "nothing"
+        raise CheckpointError(f"{folder} is not a model folder: it has no config.json (it holds {found}).")
+    try:
+        data = json.loads(file.read_text(encoding="utf-8"))
+    except ValueError as error:
+        raise CheckpointError(f"{file} is not valid JSON: {error}. Fetch the model again.") from None
+    if not isinstance(data, dict):
+        raise CheckpointError(f"{file} does not hold a configuration but a {type(data).__name__}.")
+    return data
+
+
+def _refuse_pickles(spec: str, folder: Path) -> None:
+    if any(folder.glob("*.safetensors")):
+        return
+    pickles = sorted(p.name for p in folder.iterdir() if p.suffix in _UNSAFE_SUFFIXES)
+    if pickles:
+        raise CheckpointError(
+            f"model {spec} has its weights only as pickle ({pickles[0]}), which can run code when opened. Convert it "
+            "to safetensors first (load it where you trust it and call save_pretrained)."
+        )
+    raise CheckpointError(f"model {spec} has no .safetensors file in {folder}. Fetch its weights first.")
+
+
+def _stored_dtype(files: list[Path]) -> torch.dtype:
+    """Return the dtype that most stored numbers have."""
+    names = {"F64": torch.float64, "F32": torch.float32, "BF16": torch.bfloat16, "F16": torch.float16}
+    sizes: dict[str, int] = {}
+    for file in files:
+        for entry in _safetensors_header(file).values():
+            start, stop = entry["data_offsets"]
+            sizes[entry["dtype"]] = sizes.get(entry["dtype"], 0) + stop - start
+    main = max(sizes, key=lambda name: sizes[name], default="F32")
+    if main not in names:
+        raise CheckpointError(
+            f"weights are stored as {main}, which cannot be pruned. Give an unquantised checkpoint (F32, BF16 or F16)."
+        )
+    return names[main]
+
+
+def _safetensors_header(file: Path) -> dict[str, Any]:
+    try:
+        with file.open("rb") as stream:
+            length = int.from_bytes(stream.read(8), "little")
+            if length > file.stat().st_size:
+                raise ValueError("header is longer than the file")
+            header: dict[str, Any] = json.loads(stream.read(length))
+    except ValueError as error:
+        raise CheckpointError(f"{file} is not a readable safetensors file: {error}. Fetch it again.") from None
+    header.pop("__metadata__", None)
+    return header
+
+
+def _from_hub(spec: str) -> Path:
+    from huggingface_hub import snapshot_download
+    from huggingface_hub.errors import HfHubHTTPError, HFValidationError, LocalEntryNotFoundError
+
+    try:
+        return Path(snapshot_download(spec, allow_patterns=_HUB_FILES))
+    except HFValidationError:
+        raise CheckpointError(f"{spec!r} is neither an existing folder nor a hub id such as org/name.") from None
+    except (HfHubHTTPError, LocalEntryNotFoundError, OSError) as error:
+        reason = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
+        raise UnavailableError(
+            f"model {spec} is not a local folder, not in the hub cache, and could not be fetched ({reason}). Check "
+            "the name and the connection, log in with `hf auth login` if it is gated, or give a local folder."
+        ) from None
+
+
+def _dequantised(path: Path) -> Path:
+    """Return a cached folder with the GGUF file's weights in float32."""
+    if not path.is_file():
+        raise CheckpointError(f"model file {path} does not exist.")
+    folder = cache_folder() / "gguf" / f"{path.stem}-{_file_hash(path)[:16]}"
+    if (folder / "config.json").is_file():
+        return folder
+    from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer
+
+    try:
+        with disk_errors(folder), atomic_folder(folder) as work:
+            loaded = AutoModelForCausalLM.from_pretrained(path.parent, gguf_file=path.name, dtype=torch.float32)
+            data = loaded.config.to_dict()
+            data.pop("quantization_config", None)
+            data.pop("_name_or_path", None)
+            model = AutoModelForCausalLM.from_config(AutoConfig.for_model(data.pop("model_type"), **data))
+            model.load_state_dict(loaded.state_dict())
+            model.generation_config = loaded.generation_config
+            save_model(model, work)
+            AutoTokenizer.from_pretrained(path.parent, gguf_file=path.name).save_pretrained(work)
+    except (ValueError, RuntimeError, KeyError, NotImplementedError) as error:
+        raise CheckpointError(
+            f"{path} could not be read as a GGUF language model: {error}. Check the file, or give the model's folder."
+        ) from None
+    return folder
+
+
+def _file_hash(path: Path) -> str:
+    digest = hashlib.blake2b(digest_size=16)
+    with path.open("rb") as stream:
+        while chunk := stream.read(1 << 22):
+            digest.update(chunk)
+    return digest.hexdigest()
+
+
+def fingerprint(checkpoint: Checkpoint) -> str:
+    """Return what identifies the exact weights and configuration: a hash over the bytes of the files.
+
+    Hashing is remembered per file, size and modification time in the user's cache folder.
+    """
+    memory_file = cache_folder() / "fingerprints.json"
+    memory = _read_memory(memory_file)
+    digest = hashlib.blake2b(digest_size=16)
+    known = dict(memory)
+    for file in sorted([checkpoint.folder / "config.json", *checkpoint.folder.glob("*.safetensors")]):
+        stat = file.stat()
+        key = f"{file.resolve()}|{stat.st_size}|{stat.st_mtime_ns}"
+        known.setdefault(key, _file_hash(file))
+        digest.update(f"{file.name}:{known[key]};".encode())
+    if known != memory:
+        memory_file.parent.mkdir(parents=True, exist_ok=True)
+        temporary = memory_file.with_suffix(f".{os.getpid()}.tmp")
+        temporary.write_text(json.dumps(known))
+        os.replace(temporary, memory_file)
+    return digest.hexdigest()
+
+
+def _read_memory(file: Path) -> dict[str, str]:
+    try:
+        memory: dict[str, str] = json.loads(file.read_text())
+        return memory
+    except (OSError, ValueError):
+        return {}
+
+
+def fingerprint_loaded(model: nn.Module) -> str:
+    """Return what identifies the weights of a model in memory: a hash over names, dtypes and bytes."""
+    digest = hashlib.blake2b(digest_size=16)
+    for name, parameter in model.named_parameters():
+        tensor = parameter.detach().cpu().contiguous()
+        digest.update(f"{name}|{tensor.dtype}|{tuple(tensor.shape)};".encode())
+        digest.update(tensor.view(torch.uint8).numpy().tobytes())
+    return digest.hexdigest()
+
+
+def choose_device(device: str) -> torch.device:
+    """Return the device to compute on; ``auto`` is the first GPU, else the CPU.
+
+    Raises:
+        CheckpointError: the device does not exist here.
+    """
+    if device == "auto":
+        return torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    try:
+        chosen = torch.device(device)
+        torch.empty(1, device=chosen)
+    except (RuntimeError, AssertionError) as error:
+        raise CheckpointError(f"device {device!r} cannot be used here: {error}. Try device: auto or cpu.") from None
+    return chosen
+
+
+def choose_dtype(dtype: str, stored: torch.dtype, device: torch.device) -> torch.dtype:
+    """Return the dtype to compute in; ``auto`` is the stored one on a GPU and float32 on a CPU."""
+    if dtype != "auto":
+        return _DTYPES[dtype]
+    return stored if device.type != "cpu" else torch.float32
+
+
+def load_model(
+    checkpoint: Checkpoint, *, device: str = "auto", dtype: str = "auto", trust_remote_code: bool = False
+) -> Any:
+    """Return the causal language model, in evaluation mode, after checking that its weights are finite.
+
+    Raises:
+        CheckpointError: weights are missing, of the wrong shape, or not finite; the tensor is named.
+    """
+    from transformers import AutoModelForCausalLM
+
+    place = choose_device(device)
+    try:
+        model, report = AutoModelForCausalLM.from_pretrained(
+            checkpoint.folder,
+            dtype=choose_dtype(dtype, checkpoint.dtype, place),
+            use_safetensors=True,
+            trust_remote_code=trust_remote_code,
+            output_loading_info=True,
+        )
+    except (OSError, RuntimeError, ValueError) as error:
+        raise CheckpointError(f"model {checkpoint.spec} could not be loaded: {error}") from None
+    missing = sorted(report["missing_keys"])
+    if missing:
+        raise CheckpointError(
+            f"model {checkpoint.spec} lacks weights: {', '.join(missing[:3])}{'...' if len(missing) > 3 else ''}. The "
+            "folder is incomplete or its config.json belongs to another model."
+        )
+    require_finite(model)
+    return model.to(place).eval()
+
+
+def require_finite(model: nn.Module) -> None:
+    """Raise CheckpointError naming the first parameter that holds NaN or infinity."""
+    for name, parameter in model.named_parameters():
+        if not bool(torch.isfinite(parameter).all()):
+            raise CheckpointError(f"weights of {name} hold NaN or infinity. The checkpoint is broken; fetch it again.")
+
+
+def load_tokenizer(checkpoint: Checkpoint, *, trust_remote_code: bool = False) -> Any:
+    """Return the checkpoint's tokenizer.
+
+    Raises:
+        CheckpointError: there is none, or it cannot be loaded.
+    """
+    from transformers import AutoTokenizer
+
+    try:
+        return AutoTokenizer.from_pretrained(checkpoint.folder, trust_remote_code=trust_remote_code)
+    except (OSError, ValueError, ImportError, KeyError) as error:
+        raise CheckpointError(
+            f"the tokenizer of {checkpoint.spec} could not be loaded: {error}. Put tokenizer.json into its folder."
+        ) from None
+
+
+def build_model(config: Mapping[str, Any], parameters: Iterable[tuple[str, Tensor]], dense: Any) -> Any:
+    """Return a model with the given configuration and parameters, in the dtype and on the device of ``dense``.
+
+    Args:
+        config: plain configuration, ``model_type`` included.
+        parameters: every entry of the new model's state, by name.
+        dense: the model it comes from; its generation configuration is carried over.
+
+    Raises:
+        CheckpointError: names or shapes do not fit the configuration.
+    """
+    from transformers import AutoConfig, AutoModelForCausalLM
+
+    register_uneven_models()
+    data = {key: value for key, value in config.items() if key not in ("model_type", "transformers_version")}
+    configuration = AutoConfig.for_model(config["model_type"], **data)
+    configuration._attn_implementation = dense.config._attn_implementation
+    with torch.device("meta"):
+        model = AutoModelForCausalLM.from_config(configuration, dtype=dense.dtype)
+    try:
+        model.load_state_dict(dict(parameters), strict=True, assign=True)
+    except RuntimeError as error:
+        raise CheckpointError(f"the pruned weights do not fit their configuration: {error}") from None
+    model.tie_weights()
+    _restore_buffers(model, dense)
+    for parameter in model.parameters():
+        parameter.requires_grad_(True)
+    model.generation_config = copy.deepcopy(dense.generation_config)
+    return model.eval()
+
+
+def _restore_buffers(model: Any, dense: Any) -> None:
+    """Fill in the buffers that are not saved (rotary tables); pruning whole heads leaves them as they were."""
+    originals = dict(dense.named_buffers())
+    for name, buffer in list(model.named_buffers()):
+        if buffer.device.type == "meta":
+            owner = model.get_submodule(name.rpartition(".")[0])
+            owner.register_buffer(name.rpartition(".")[2], originals[name].clone(), persistent=False)
+
+
+def save_model(model: Any, folder: Path) -> None:
+    """Write a model's configuration, generation configuration and safetensors into an existing folder.
+
+    ``rope_theta`` is written beside ``rope_parameters``: older transformers read only the former, and would silently
+    use another value.
+    """
+    model.save_pretrained(folder)
+    file = folder / "config.json"
+    config = json.loads(file.read_text(encoding="utf-8"))
+    rope = config.get("rope_parameters")
+    if isinstance(rope, dict) and "rope_theta" in rope and "rope_theta" not in config:
+        config["rope_theta"] = rope["rope_theta"]
+        file.write_text(json.dumps(config, indent=2, ensure_ascii=False) + "\n", encoding="utf-8")
+
+
+def copy_side_files(source: Path, target: Path) -> None:
+    """Copy what belongs to a model but is neither weights nor configuration: licence texts."""
+    for file in sorted(source.iterdir()):
+        if file.is_file() and file.name.upper().startswith(("LICENSE", "LICENCE", "NOTICE", "USE_POLICY")):
+            shutil.copy2(file, target / file.name)
+
+
+def weight_bytes(folder: Path) -> int:
+    """Return the bytes of a model folder's weight files."""
+    return sum(file.stat().st_size for file in folder.glob("*.safetensors"))
+
+
+def compare_reloaded(model: Any, folder: Path, inputs: Mapping[str, Any], *, tolerance: float) -> float:
+    """Reload a saved folder with transformers and return the largest difference of its logits from ``model``'s.
+
+    Raises:
+        ExportError: the folder does not load, or its logits differ by more than ``tolerance``.
+    """
+    from transformers import AutoModelForCausalLM
+
+    try:
+        reloaded, report = AutoModelForCausalLM.from_pretrained(
+            folder, dtype=model.dtype, use_safetensors=True, output_loading_info=True
+        )
+    except (OSError, RuntimeError, ValueError) as error:
+        raise ExportError(f"the saved model does not load again: {error}") from None
+    if report["missing_keys"] or report["unexpected_keys"]:
+        raise ExportError(
+            f"the saved model reloads with missing {sorted(report['missing_keys'])[:3]} and unexpected "
+            f"{sorted(report['unexpected_keys'])[:3]} weights."
+        )
+    with torch.inference_mode():
+        ours = model(**inputs).logits
+        theirs = reloaded.to(model.device).eval()(**inputs).logits
+    difference = float((ours - theirs).abs().max())
+    if not difference <= tolerance:
+        raise ExportError(
+            f"the reloaded model's logits differ by {difference:.3g} (allowed {tolerance:.3g}); the folder is not kept."
+        )
+    return difference
