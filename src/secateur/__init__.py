@@ -1,1 +1,72 @@
+"""secateur: cut an open language model down to the smallest expert that is still as good on your domain's text.
 
+The public API. Importing it loads neither torch nor transformers; the functions do. After the import, transformers'
+Auto classes also load models with layers of different widths (``model_type: pruned_...``).
+"""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING, Any
+
+from secateur import autoload
+from secateur.errors import (
+    CheckpointError,
+    ConfigError,
+    CorpusError,
+    ExportError,
+    FamilyError,
+    PlanError,
+    SecateurError,
+    UnavailableError,
+)
+
+if TYPE_CHECKING:
+    from secateur.api import calibrate, evaluate, plan, run, shrink
+    from secateur.recipe import Recipe, load_recipe
+
+__version__ = "0.1.0"
+
+__all__ = [
+    "CheckpointError",
+    "ConfigError",
+    "CorpusError",
+    "ExportError",
+    "FamilyError",
+    "PlanError",
+    "Recipe",
+    "SecateurError",
+    "UnavailableError",
+    "__version__",
+    "calibrate",
+    "evaluate",
+    "load_recipe",
+    "plan",
+    "run",
+    "shrink",
+]
+
+_LAZY = {
+    "Recipe": "secateur.recipe",
+    "load_recipe": "secateur.recipe",
+    "calibrate": "secateur.api",
+    "evaluate": "secateur.api",
+    "plan": "secateur.api",
+    "run": "secateur.api",
+    "shrink": "secateur.api",
+}
+
+autoload.install()
+
+
+def __getattr__(name: str) -> Any:
+    if name not in _LAZY:
+        raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+    import importlib
+
+    value = getattr(importlib.import_module(_LAZY[name]), name)
+    globals()[name] = value
+    return value
+
+
+def __dir__() -> list[str]:
+    return sorted(__all__)

@@ -98,6 +98,7 @@ class CalibrateSpec(_Record):
     max_tokens: Annotated[int, Field(gt=0)] | None = 65_536
     block_size: Annotated[int, Field(ge=8)] = 512
     batch_size: Annotated[int, Field(ge=1)] = 4
+    buckets: Annotated[list[str], Field(min_length=1)] | None = None
 
 
 class Budget(_Record):
@@ -131,6 +132,7 @@ class PruneSpec(_Record):
     allocation: Literal["auto", "uniform", "global"] = "auto"
     min_keep_ratio: Ratio = 0.1
     multiple_of: Annotated[int, Field(ge=1)] | Literal["auto"] = "auto"
+    buckets: Annotated[list[str], Field(min_length=1)] | None = None
     seed: int = 0
 
     @model_validator(mode="after")
@@ -213,6 +215,19 @@ class Recipe(_Record):
 
 def _corpus_short_form(value: object) -> object:
     return {"path": value} if isinstance(value, str | list) else value
+
+
+def parse_prune(data: Mapping[str, Any]) -> PruneSpec:
+    """Return the ``prune`` section that plain data describes.
+
+    Raises:
+        ConfigError: a key is unknown or has an impossible value; every such place is named.
+    """
+    try:
+        return PruneSpec.model_validate(dict(data))
+    except ValidationError as error:
+        lines = [_explain({**item, "loc": ("prune", *item["loc"])}) for item in error.errors()]
+        raise ConfigError("these pruning options cannot be used:\n" + "\n".join(f"  {line}" for line in lines)) from None
 
 
 def parse_recipe(data: object, *, source: str = "recipe") -> Recipe:

@@ -5,21 +5,11 @@
 
 from __future__ import annotations
 
-import math
 from collections.abc import Mapping
 
-from secateur.families.geometry import Geometry, UnitAxis
-from secateur.records.units import PARTS
+from secateur.families.geometry import Geometry, UnitAxis, parameters_by_part
 
 Shapes = Mapping[str, tuple[int, ...]]
-
-
-def parameters_by_part(shapes: Shapes, geometry: Geometry) -> dict[str, int]:
-    """Return how many parameters each part of the model holds."""
-    totals = dict.fromkeys(PARTS, 0)
-    for name, shape in shapes.items():
-        totals[geometry.part_of(name)] += math.prod(shape)
-    return totals
 
 
 def unit_cost(axis: UnitAxis, shapes: Shapes, weight_layout: str) -> dict[str, int]:

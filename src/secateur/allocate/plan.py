@@ -7,7 +7,7 @@ rounded towards keeping), FFN channels then make up the rest exactly.
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Literal
 
 from jaxtyping import Float64
@@ -23,6 +23,7 @@ from secateur.allocate.counts import (
 )
 from secateur.errors import PlanError
 from secateur.families.geometry import Geometry
+from secateur.recipe import PruneSpec
 from secateur.records.plan import LayerPlan, Plan
 from secateur.records.scores import Scores
 from secateur.records.units import FFN_CHANNEL, GQA_GROUP
@@ -51,6 +52,18 @@ class Request:
     min_keep_ratio: float = 0.1
     multiple_of: int | Literal["auto"] = "auto"
     bytes_per_parameter: float = 4.0
+
+    @classmethod
+    def of(cls, spec: PruneSpec, *, bytes_per_parameter: float) -> Request:
+        """Return the request that a recipe's ``prune`` section makes."""
+        return cls(
+            budget=spec.budget.model_dump(exclude_none=True),
+            shape=spec.shape,
+            allocation=spec.allocation,
+            min_keep_ratio=spec.min_keep_ratio,
+            multiple_of=spec.multiple_of,
+            bytes_per_parameter=bytes_per_parameter,
+        )
 
     @property
     def is_global(self) -> bool:
@@ -107,6 +120,20 @@ def make_plan(
         calibration_tokens=calibration_tokens,
         notes=tuple(notes),
     )
+
+
+def same_size_plan(plan: Plan, scores: Scores) -> Plan:
+    """Return a plan that keeps as many units per layer as ``plan`` does, but those that ``scores`` prefers.
+
+    This is how controls are made: the size is equal, only the choice differs.
+    """
+    layers = {
+        kind: tuple(
+            _layer_plan(values, len(layer.keep)) for values, layer in zip(scores.values[kind], per_layer, strict=True)
+        )
+        for kind, per_layer in plan.layers.items()
+    }
+    return replace(plan, layers=layers, method=scores.method, options=dict(scores.options))
 
 
 def _layer_plan(scores: Float64[Tensor, "_units"], count: int) -> LayerPlan:

@@ -152,7 +152,8 @@ def load_split(
     selection = _select(source, split, max_tokens, exclude, name)
     pieces, documents = _take_pieces(selection, tokenizer, prefix, block_size, max_tokens)
     num_tokens = sum(len(piece.ids) for piece in pieces)
-    if num_tokens < block_size:
+    limit_met = max_tokens is not None and max_tokens - num_tokens < _shortest_piece(len(prefix))
+    if num_tokens < block_size and not limit_met:
         raise CorpusError(
             f"{split} text of corpus {name!r} has {num_tokens} tokens; one block needs {block_size}: give more text "
             "or lower calibrate.block_size."
@@ -255,8 +256,12 @@ def covered_bytes(text: str, offsets: Sequence[tuple[int, int]]) -> Int64[np.nda
     return np.concatenate(([0], np.cumsum(widths)))[ends]
 
 
+def _shortest_piece(num_prefix: int) -> int:
+    return max(MIN_PIECE_TOKENS, num_prefix + 1)
+
+
 def _check_sizes(block_size: int, max_tokens: int | None, num_prefix: int, split: Split) -> None:
-    smallest = max(MIN_PIECE_TOKENS, num_prefix + 1)
+    smallest = _shortest_piece(num_prefix)
     if block_size < smallest:
         raise CorpusError(f"a block of {block_size} tokens is too small for this tokenizer; give at least {smallest}.")
     if max_tokens is not None and max_tokens < block_size:
@@ -288,12 +293,10 @@ def _select(
     if not selection.num_seen:
         raise CorpusError(f"corpus {name!r} is empty: no record holds any text. Give files or records with text.")
     if not selection.texts:
-        others = (
-            f" ({selection.num_excluded} left out because another split has them)" if selection.num_excluded else ""
-        )
+        excluded = f" ({selection.num_excluded} were excluded)" if selection.num_excluded else ""
         raise CorpusError(
-            f"corpus {name!r}: {selection.num_seen} documents gave 0 for split {split}{others}; give more text or set "
-            "splits."
+            f"corpus {name!r}: {selection.num_seen} documents gave 0 for split {split}{excluded}; give more text or "
+            "set splits."
         )
     return selection
 
@@ -314,7 +317,7 @@ def _take_pieces(
             documents.append(digest)
         if left is not None:
             left -= sum(len(prefix) + stop - start for start, stop in cuts)
-            if left < max(MIN_PIECE_TOKENS, len(prefix) + 1):
+            if left < _shortest_piece(len(prefix)):
                 break
     return pieces, documents
 
@@ -386,17 +389,15 @@ def _batch(blocks: Sequence[Sequence[Piece]], block_size: int) -> BlockBatch:
 def _fingerprint(
     split: Split, documents: Sequence[int], pieces: Iterable[Piece], block_size: int, tokenizer: Any
 ) -> str:
-    """Return a hex digest of all that decides the blocks. The tokens are in it: a document's hash ignores spacing."""
+    """Return a hex digest of all that decides the blocks.
+
+    The tokens are in it because a document's hash ignores spacing. The tokenizer's own JSON would also hold padding
+    and truncation, but tokenizing has just switched both off.
+    """
     digest = hashlib.blake2b(digest_size=16)
-    header = [split, block_size, list(documents), len(tokenizer), _tokenizer_state(tokenizer)]
+    header = [split, block_size, list(documents), len(tokenizer), tokenizer.backend_tokenizer.to_str()]
     digest.update(json.dumps(header).encode())
     for piece in pieces:
         digest.update(len(piece.ids).to_bytes(8, "little"))
         digest.update(piece.ids.astype("<i4").tobytes())
     return digest.hexdigest()
-
-
-def _tokenizer_state(tokenizer: Any) -> str:
-    """Return the tokenizer as JSON, less the padding and truncation that its last caller happened to set."""
-    state = json.loads(tokenizer.backend_tokenizer.to_str())
-    return json.dumps({**state, "padding": None, "truncation": None}, sort_keys=True)

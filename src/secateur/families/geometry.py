@@ -5,12 +5,14 @@ Everything downstream (costs, taps, slicing) reads a ``Geometry`` and never a fa
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+import math
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from typing import Any
 
 from secateur.errors import FamilyError
 from secateur.families.schema import Axis, Family, evaluate
+from secateur.records.units import PARTS
 
 
 @dataclass(frozen=True, slots=True)
@@ -92,6 +94,16 @@ class Geometry:
         """Return the unit counts that a uniform model of this family may have, descending."""
         return [n for n in range(self.axes[kind][0].num_units, 0, -1) if self.is_allowed(kind, n)]
 
+    def require_cuttable(self, kinds: Iterable[str]) -> None:
+        """Raise FamilyError if this family cannot cut one of the unit kinds; the reason is said."""
+        for kind in kinds:
+            reason = family_axis(self.family, kind).fixed
+            if reason:
+                others = [axis.name for axis in self.family.axes if not axis.fixed]
+                raise FamilyError(
+                    f"{kind}s of a {self.family.name} model cannot be cut: {reason}. Use units: [{', '.join(others)}]."
+                )
+
     def part_of(self, parameter: str) -> str:
         """Return which part of the model (embedding, attention, ffn, head, other) a parameter belongs to."""
         prefix = self.family.layers + "."
@@ -100,6 +112,19 @@ class Geometry:
             if any(local == start or local.startswith(start + ".") for start in starts):
                 return part
         return "other"
+
+
+def parameters_by_part(shapes: Mapping[str, tuple[int, ...]], geometry: Geometry) -> dict[str, int]:
+    """Return how many parameters each part of the model holds.
+
+    Args:
+        shapes: the model's parameters by name, tied ones once.
+        geometry: of the model.
+    """
+    totals = dict.fromkeys(PARTS, 0)
+    for name, shape in shapes.items():
+        totals[geometry.part_of(name)] += math.prod(shape)
+    return totals
 
 
 def family_axis(family: Family, kind: str) -> Axis:

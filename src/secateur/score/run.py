@@ -8,7 +8,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from secateur.errors import CheckpointError, FamilyError
+from secateur.errors import CheckpointError
 from secateur.families.geometry import Geometry, Segment, UnitAxis
 from secateur.records.scores import Scores
 from secateur.records.statistics import BucketStatistics
@@ -69,13 +69,11 @@ def score_units(
     chosen = METHODS[method]
     options = dict(options or {})
     chosen.check_options(options)
+    geometry.require_cuttable(kinds)
     values: dict[str, list[Tensor]] = {}
     for kind in kinds:
         values[kind] = []
         for axis in geometry.axes[kind]:
-            if axis.fixed:
-                raise FamilyError(f"{kind}s of a {geometry.family.name} model cannot be cut: {axis.fixed}. "
-                                  "Use units: [ffn_channel].")
             score = chosen.function(_evidence(axis, statistics, geometry, load_tensor, seed), **options)
             if not bool(torch.isfinite(score).all()):
                 raise CheckpointError(

@@ -96,11 +96,12 @@ def _slice(tensor: Tensor, leaf: str, module: str, cuts: _Cuts, rows_first: bool
 def shrink_config(config: Mapping[str, Any], plan: Plan, geometry: Geometry) -> dict[str, Any]:
     """Return the configuration of the pruned model as plain data.
 
-    Uniform plans keep the stock model type. Uneven plans get our own model type and ``per_layer_config`` in
-    transformers' vocabulary, holding every layer that differs from the configuration's own values.
+    Uniform plans keep the stock model type. Uneven plans, and any plan for a model that is uneven already, get our own
+    model type and ``per_layer_config`` in transformers' vocabulary, holding every layer that differs from the
+    configuration's own values.
     """
     pruned = dict(config)
-    if plan.shape == "uniform":
+    if plan.shape == "uniform" and not config.get("per_layer_config"):
         for kind, layers in plan.layers.items():
             pruned.update(geometry.config_updates(kind, len(layers[0].keep)))
         return pruned

@@ -16,12 +16,13 @@ from pathlib import Path
 from typing import Any
 
 import torch
+import yaml
 from torch import Tensor, nn
 
 from secateur.errors import CheckpointError, ExportError, UnavailableError
 from secateur.families.geometry import Geometry, build_geometry
 from secateur.families.loader import family_of
-from secateur.store.artifacts import atomic_folder, cache_folder, disk_errors
+from secateur.store.artifacts import atomic_folder, cache_folder, disk_errors, write_text
 from secateur.store.modeling import register_uneven_models
 
 _DTYPES = {
@@ -209,11 +210,23 @@ def _dequantised(path: Path) -> Path:
             model.generation_config = loaded.generation_config
             save_model(model, work)
             AutoTokenizer.from_pretrained(path.parent, gguf_file=path.name).save_pretrained(work)
+            write_text(work / "README.md", _gguf_card(path))
     except (ValueError, RuntimeError, KeyError, NotImplementedError) as error:
         raise CheckpointError(
             f"{path} could not be read as a GGUF language model: {error}. Check the file, or give the model's folder."
         ) from None
     return folder
+
+
+def _gguf_card(path: Path) -> str:
+    """Return a minimal model card with the licence and language that the GGUF file states."""
+    from gguf import GGUFReader
+
+    fields = GGUFReader(path).fields
+    stated = {"license": "general.license", "language": "general.languages"}
+    metadata = {key: fields[name].contents() for key, name in stated.items() if name in fields}
+    front = yaml.safe_dump(metadata, sort_keys=False, allow_unicode=True) if metadata else ""
+    return f"---\n{front}---\n\nDequantised from {path.name}.\n"
 
 
 def _file_hash(path: Path) -> str:
@@ -316,6 +329,14 @@ def load_model(
         )
     require_finite(model)
     return model.to(place).eval()
+
+
+def parameter(model: nn.Module, name: str) -> Tensor | None:
+    """Return a model's parameter by name, or None where it has none of that name (an absent bias)."""
+    try:
+        return model.get_parameter(name).detach()
+    except AttributeError:
+        return None
 
 
 def require_finite(model: nn.Module) -> None:

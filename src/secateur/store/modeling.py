@@ -12,11 +12,6 @@ import copy
 from functools import cache
 from typing import Any
 
-from huggingface_hub.dataclasses import strict
-from transformers import AutoConfig, AutoModel, AutoModelForCausalLM
-from transformers.models.auto.configuration_auto import CONFIG_MAPPING
-from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING, MODEL_MAPPING
-
 from secateur.families.loader import UNEVEN_PREFIX, families, family_of
 
 
@@ -28,6 +23,10 @@ def _accept_any_sizes(config: Any) -> None:
 @cache
 def uneven_classes(model_type: str) -> tuple[Any, Any, Any]:
     """Return (configuration, base model, causal language model) classes for a stock model type."""
+    from huggingface_hub.dataclasses import strict
+    from transformers.models.auto.configuration_auto import CONFIG_MAPPING
+    from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING, MODEL_MAPPING
+
     stock_config = CONFIG_MAPPING[model_type]
     name = stock_config.__name__.removesuffix("Config")
     config_class = strict(
@@ -81,6 +80,8 @@ def _layer_list(model: Any, path: str) -> Any:
 
 
 def _even_copy(config: Any, model_type: str) -> Any:
+    from transformers.models.auto.configuration_auto import CONFIG_MAPPING
+
     data = copy.deepcopy(config.to_dict())
     data.pop("per_layer_config", None)
     data.pop("model_type", None)
@@ -92,9 +93,11 @@ def _even_copy(config: Any, model_type: str) -> Any:
 @cache
 def register_uneven_models() -> None:
     """Make transformers' Auto classes know every uneven model type; does nothing the second time."""
+    from transformers import AutoConfig, AutoModel, AutoModelForCausalLM
+
     for family in families().values():
         for model_type in family.model_types:
             config_class, base, causal = uneven_classes(model_type)
-            AutoConfig.register(config_class.model_type, config_class)
-            AutoModel.register(config_class, base)
-            AutoModelForCausalLM.register(config_class, causal)
+            AutoConfig.register(config_class.model_type, config_class, exist_ok=True)
+            AutoModel.register(config_class, base, exist_ok=True)
+            AutoModelForCausalLM.register(config_class, causal, exist_ok=True)

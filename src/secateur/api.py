@@ -1,0 +1,210 @@
+"""The main job's stages as functions on models that are already loaded; recipes and folders stay out of the way.
+
+    statistics = secateur.calibrate(model, tokenizer, texts)
+    plan = secateur.plan(model, statistics, budget={"channels": 0.2})
+    smaller = secateur.shrink(model, plan)
+    score = secateur.evaluate(smaller, tokenizer, held_out_texts, exclude=statistics)
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any, Literal
+
+from secateur import pipeline
+from secateur.allocate import Request, make_plan, with_constants
+from secateur.calibrate import collect
+from secateur.corpus import load_split
+from secateur.evaluate import evaluate_text
+from secateur.evaluate.footprint import model_shapes
+from secateur.families.geometry import Geometry, build_geometry
+from secateur.families.loader import family_of
+from secateur.progress import Progress, silent
+from secateur.recipe import CorpusSpec, PruneSpec, Recipe, load_recipe, parse_prune, parse_recipe
+from secateur.records.evaluation import TextScore
+from secateur.records.plan import Plan
+from secateur.records.statistics import Statistics, merge_buckets
+from secateur.score import score_units
+from secateur.shrink import shrink_config, shrink_parameters
+from secateur.store.checkpoints import build_model, fingerprint_loaded, parameter
+
+Text = CorpusSpec | Sequence[str] | str | Path
+"""Documents, or where they are: a list of strings, a file, folder or glob, or a corpus spec."""
+
+
+def run(
+    recipe: Recipe | Mapping[str, Any] | str | Path,
+    *,
+    until: pipeline.Stage = "evaluate",
+    progress: Progress = silent,
+    **overrides: Any,
+) -> pipeline.RunResult:
+    """Do the whole job that a recipe describes and return what it made.
+
+    Args:
+        recipe: a recipe, its plain data, or the path of a YAML file.
+        until: last stage to run: calibrate, plan, shrink or evaluate.
+        progress: told about everything that takes time.
+        overrides: top-level recipe keys that win over the recipe's, for example ``output="runs/b"``.
+
+    Raises:
+        SecateurError: anything a user can mend.
+    """
+    if isinstance(recipe, str | Path):
+        recipe = load_recipe(recipe, overrides)
+    else:
+        data = recipe.model_dump(exclude_none=True) if isinstance(recipe, Recipe) else dict(recipe)
+        recipe = parse_recipe({**data, **overrides})
+    return pipeline.run(recipe, until=until, progress=progress)
+
+
+def _geometry(model: Any) -> Geometry:
+    return build_geometry(family_of(model.config.model_type), model.config.to_dict())
+
+
+def _source(text: Text) -> CorpusSpec | Sequence[str]:
+    return CorpusSpec(path=str(text)) if isinstance(text, str | Path) else text
+
+
+def calibrate(
+    model: Any,
+    tokenizer: Any,
+    text: Text | Mapping[str, Text],
+    *,
+    max_tokens: int | None = 65_536,
+    block_size: int = 512,
+    batch_size: int = 4,
+    progress: Progress = silent,
+) -> Statistics:
+    """Return the statistics of one pass of text through a loaded model.
+
+    Args:
+        model: a transformers causal language model.
+        tokenizer: its fast tokenizer.
+        text: documents or where they are, or several named buckets of them. The calibration split is used: by default
+            80 % of the documents, chosen by their hash.
+        max_tokens: per bucket; None for all.
+        block_size: tokens per block; longer documents are cut.
+        batch_size: blocks per forward pass.
+        progress: told about finished tokens.
+
+    Raises:
+        CorpusError: unreadable or too little text.
+        FamilyError: the model type is not supported.
+        CheckpointError: activations are not finite.
+    """
+    geometry = _geometry(model)
+    named = text if isinstance(text, Mapping) else {"domain": text}
+    blocks = {
+        name: load_split(
+            _source(source), "calibration", tokenizer, block_size=block_size, max_tokens=max_tokens, name=name
+        )
+        for name, source in named.items()
+    }
+    buckets = {
+        name: collect(model, packed, geometry, batch_size=batch_size, progress=progress, label=f"calibrate on {name}")
+        for name, packed in blocks.items()
+    }
+    return Statistics(fingerprint_loaded(model), geometry.family.name, buckets, pipeline.versions())
+
+
+def plan(
+    model: Any,
+    statistics: Statistics,
+    *,
+    budget: Mapping[str, float | str] | None = None,
+    method: str = "contextual",
+    buckets: Sequence[str] | None = None,
+    **options: Any,
+) -> Plan:
+    """Return which units stay, from statistics that were taken once; takes seconds.
+
+    Args:
+        model: the model the statistics were taken on.
+        statistics: of ``calibrate``.
+        budget: as in a recipe: one of channels, groups, parameters, bytes, threshold; default 10 % of FFN channels.
+        method: scoring method.
+        buckets: which buckets to judge by; default all but one called ``general``.
+        options: further keys of a recipe's ``prune`` section: shape, units, allocation, seed, options ...
+
+    Raises:
+        ConfigError: an unknown method, option or bucket.
+        PlanError: the budget cannot be met.
+    """
+    spec: PruneSpec = parse_prune({"method": method, "budget": budget or {"channels": 0.1}, **options})
+    geometry, shapes = _geometry(model), model_shapes(model)
+    chosen = list(buckets) if buckets else [n for n in statistics.buckets if n != "general"] or list(statistics.buckets)
+    pipeline.require_buckets(chosen, statistics.buckets)
+    merged = statistics.buckets[chosen[0]]
+    for name in chosen[1:]:
+        merged = merge_buckets(merged, statistics.buckets[name])
+    scores = score_units(
+        spec.method,
+        merged,
+        geometry,
+        spec.unit_kinds(),
+        load_tensor=lambda name: parameter(model, name),
+        options=spec.options,
+        seed=spec.seed,
+        buckets=chosen,
+        inputs_fingerprint=statistics.model_fingerprint,
+    )
+    made = make_plan(
+        scores,
+        geometry,
+        shapes,
+        Request.of(spec, bytes_per_parameter=float(model.dtype.itemsize)),
+        model_fingerprint=statistics.model_fingerprint,
+        calibration_tokens=merged.num_tokens,
+    )
+    return with_constants(made, geometry, merged.moments, shapes)
+
+
+def shrink(model: Any, plan: Plan) -> Any:
+    """Return a new, physically smaller transformers model; the given one is left as it was.
+
+    Raises:
+        PlanError: the plan was made for another model.
+    """
+    geometry = _geometry(model)
+    config = shrink_config(model.config.to_dict(), plan, geometry)
+    return build_model(config, shrink_parameters(model.state_dict().items(), plan, geometry), model)
+
+
+def evaluate(
+    model: Any,
+    tokenizer: Any,
+    text: Text,
+    *,
+    exclude: Statistics | None = None,
+    split: Literal["calibration", "validation", "test"] = "test",
+    max_tokens: int | None = 16_384,
+    block_size: int = 512,
+    batch_size: int = 4,
+    progress: Progress = silent,
+) -> TextScore:
+    """Return how well a loaded model predicts held-out text.
+
+    Args:
+        model: a transformers causal language model.
+        tokenizer: its fast tokenizer.
+        text: documents or where they are; the test split is used: by default 10 % of them, chosen by their hash.
+        exclude: statistics whose calibration documents must not be measured on, however the text was split.
+        split: which split to measure on.
+        max_tokens: how many tokens at most; None for all.
+        block_size: tokens per block.
+        batch_size: blocks per forward pass.
+        progress: told about finished tokens.
+
+    Raises:
+        CorpusError: unreadable or too little text.
+    """
+    seen = {h for bucket in (exclude.buckets.values() if exclude else ()) for h in bucket.documents.tolist()}
+    blocks = load_split(
+        _source(text), split, tokenizer, block_size=block_size, max_tokens=max_tokens, exclude=seen, name="text"
+    )
+    family = family_of(model.config.model_type)
+    return evaluate_text(
+        model, blocks, family, batch_size=batch_size, num_excluded=blocks.num_excluded, progress=progress
+    )

@@ -1,0 +1,91 @@
+"""The ``secateur`` command: finds commands, and turns errors into messages and exit codes.
+
+Exit codes: 0 done; 2 something the user can mend; 130 stopped by Ctrl-C (a run resumes when called again).
+"""
+
+from __future__ import annotations
+
+import importlib
+import json
+import sys
+
+import click
+
+from secateur import __version__
+from secateur.errors import SecateurError
+
+COMMANDS = {
+    "run": "Do the whole job of a recipe: calibrate, plan, shrink, evaluate.",
+    "calibrate": "Run the recipe's text through the dense model and keep the statistics.",
+    "plan": "Decide what stays, and show it as a table before anything is cut.",
+    "shrink": "Cut the model, save it, reload it and compare.",
+    "evaluate": "Measure dense, pruned and control models on held-out text.",
+    "inspect": "Show where a model's parameters are.",
+    "methods": "List the scoring methods.",
+    "demo": "Do the main job on a small real model and real text, fetched on first use.",
+}
+
+
+class _LazyGroup(click.Group):
+    """Imports a command's module only when that command is called."""
+
+    def list_commands(self, ctx: click.Context) -> list[str]:
+        return list(COMMANDS)
+
+    def get_command(self, ctx: click.Context, cmd_name: str) -> click.Command | None:
+        if cmd_name not in COMMANDS:
+            return None
+        module = importlib.import_module(f"secateur.cli.{cmd_name}_command")
+        command: click.Command = module.command
+        command.short_help = COMMANDS[cmd_name]
+        return command
+
+
+@click.command(cls=_LazyGroup, context_settings={"help_option_names": ["-h", "--help"]})
+@click.version_option(__version__, prog_name="secateur")
+def cli() -> None:
+    """Cut an open language model down to the smallest expert that is still as good on your domain's text."""
+
+
+def main(arguments: list[str] | None = None) -> None:
+    """Run the command line and exit.
+
+    Args:
+        arguments: without the program's name; None takes the process's own.
+    """
+    arguments = sys.argv[1:] if arguments is None else arguments
+    try:
+        cli.main(arguments, prog_name="secateur", standalone_mode=False)
+        code = 0
+    except click.exceptions.Exit as stop:
+        code = stop.exit_code
+    except click.ClickException as error:
+        code = _fail(error.format_message(), type(error).__name__, arguments)
+        if isinstance(error, click.UsageError) and error.ctx is not None:
+            click.echo(f"Try '{error.ctx.command_path} --help'.", err=True)
+    except SecateurError as error:
+        code = _fail(str(error), type(error).__name__, arguments)
+    except (KeyboardInterrupt, click.Abort):
+        click.echo("stopped; the same command continues where this one was.", err=True)
+        code = 130
+    except MemoryError:
+        code = _fail(_OUT_OF_MEMORY, "MemoryError", arguments)
+    except RuntimeError as error:
+        if "out of memory" not in str(error) and "can't allocate memory" not in str(error):
+            raise
+        code = _fail(_OUT_OF_MEMORY, "MemoryError", arguments)
+    sys.exit(code)
+
+
+_OUT_OF_MEMORY = "out of memory. Lower calibrate.batch_size and evaluate.batch_size, then calibrate.block_size."
+
+
+def _fail(message: str, kind: str, arguments: list[str]) -> int:
+    if "--json" in arguments:
+        click.echo(json.dumps({"error": {"type": kind, "message": message}}))
+    click.echo(f"error: {message}", err=True)
+    return 2
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,44 @@
+"""``secateur run``."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING, Any
+
+import click
+
+from secateur.cli.recipe_options import RecipeOptions, describe_result, recipe_options, run_recipe
+
+if TYPE_CHECKING:
+    from secateur.pipeline import RunResult
+
+
+@click.command("run")
+@recipe_options
+def command(**arguments: Any) -> None:
+    """Do the whole job of RECIPE: calibrate, plan, shrink, evaluate.
+
+    Finished stages are kept in the run folder and reused, so the same command resumes after a stop and a changed
+    budget costs no second calibration.
+    """
+    options = RecipeOptions(**arguments)
+    show_run(run_recipe(options, "evaluate"), as_json=options.as_json)
+
+
+def show_run(result: RunResult, *, as_json: bool) -> None:
+    """Print the end of a full run."""
+    from secateur.cli.console import print_json, print_table
+    from secateur.report.tables import parts_table, result_table
+
+    if as_json:
+        print_json(describe_result(result))
+        return
+    assert result.plan is not None and result.evaluation is not None and result.model_folder is not None
+    print_table(parts_table(result.plan.parameters_dense, result.plan.parameters_pruned))
+    print_table(result_table(result.evaluation))
+    for note in result.plan.notes:
+        click.echo(f"note: {note}")
+    click.echo(result.summary)
+    click.echo(f"\nmodel:  {result.model_folder}  (reloaded from disk and compared)")
+    click.echo(f"report: {result.folder / 'report.md'}")
+    loader = "import secateur; " if result.plan.shape == "uneven" else ""
+    click.echo(f"use it: {loader}AutoModelForCausalLM.from_pretrained({str(result.model_folder)!r})")

@@ -1,0 +1,56 @@
+"""A Hugging Face folder: model, tokenizer, generation configuration, plan and licence; reloaded before it gets its name.
+
+Uniform plans load with stock transformers. Uneven plans load after ``import secateur``.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from secateur.errors import ExportError
+from secateur.records.plan import Plan
+from secateur.store.artifacts import atomic_folder, disk_errors, write_json
+from secateur.store.checkpoints import compare_reloaded, copy_side_files, save_model
+
+PLAN_FILE = "secateur_plan.json"
+_TOLERANCE = {torch.float64: 1e-10, torch.float32: 1e-4, torch.bfloat16: 5e-2, torch.float16: 5e-2}
+
+
+def export_huggingface(
+    model: Any,
+    tokenizer: Any,
+    plan: Plan,
+    folder: Path,
+    *,
+    source: Path,
+    sample: Mapping[str, Any],
+    provenance: Mapping[str, Any],
+) -> float:
+    """Write the pruned model and return the largest logit difference seen after reloading it from disk.
+
+    The folder appears under its name only after the reloaded model agreed with the one in memory.
+
+    Args:
+        model: the pruned model, in the dtype to be saved.
+        tokenizer: saved beside it.
+        plan: what was cut; saved beside it.
+        folder: where the artefact goes; replaced if it exists.
+        source: folder of the dense model; its licence texts are carried over.
+        sample: model inputs for the comparison.
+        provenance: fingerprints and versions, saved with the plan.
+
+    Raises:
+        ExportError: the disk is full, or the folder does not reload to the same logits.
+    """
+    with disk_errors(folder), atomic_folder(folder) as work:
+        save_model(model, work)
+        tokenizer.save_pretrained(work)
+        copy_side_files(source, work)
+        write_json(work / PLAN_FILE, {**plan.to_dict(), "provenance": dict(provenance)})
+        if not any(work.glob("*.safetensors")):
+            raise ExportError(f"no weights were written into {folder}.")
+        return compare_reloaded(model, work, sample, tolerance=_TOLERANCE[model.dtype])

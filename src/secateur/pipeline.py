@@ -1,0 +1,457 @@
+"""The main job: every name is resolved first, then the stages run in order; each result is kept and reused.
+
+    check -> calibrate -> plan -> shrink -> evaluate
+
+Stages do not know each other; this file hands one's record to the next and remembers what is done.
+"""
+
+from __future__ import annotations
+
+import importlib.metadata
+import platform
+import time
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass, field
+from functools import cached_property
+from pathlib import Path
+from typing import Any, Literal
+
+import torch
+
+from secateur.allocate import Request, make_plan, same_size_plan, with_constants
+from secateur.calibrate import collect
+from secateur.corpus import PackedBlocks, check_sources, load_split, source_signature
+from secateur.errors import ConfigError
+from secateur.evaluate import evaluate_text, model_parameters
+from secateur.evaluate.footprint import memory_bytes
+from secateur.export import export_huggingface
+from secateur.export.model_card import read_front_matter, render_model_card
+from secateur.families.geometry import build_geometry
+from secateur.progress import Progress, silent
+from secateur.recipe import Recipe
+from secateur.records.evaluation import Evaluation, ModelScore, TextScore
+from secateur.records.plan import Plan
+from secateur.records.scores import Scores
+from secateur.records.statistics import BucketStatistics, merge_buckets
+from secateur.registry import unknown_name
+from secateur.report.markdown import render_report
+from secateur.report.tables import evidence_table, parts_table, result_table, verdict
+from secateur.score import METHODS, score_units
+from secateur.shrink import check_plan, shrink_config, shrink_parameters
+from secateur.store.artifacts import (
+    digest,
+    read_json,
+    read_statistics,
+    statistics_digest,
+    write_json,
+    write_scores,
+    write_statistics,
+)
+from secateur.store.checkpoints import (
+    build_model,
+    fingerprint,
+    load_model,
+    load_tokenizer,
+    parameter,
+    resolve_model,
+    weight_bytes,
+)
+from secateur.store.run_folder import RunFolder
+from secateur.stream.forward import model_inputs
+
+Stage = Literal["calibrate", "plan", "shrink", "evaluate"]
+STAGES: tuple[Stage, ...] = ("calibrate", "plan", "shrink", "evaluate")
+
+
+@dataclass(slots=True)
+class RunResult:
+    """What a run has made so far; later stages are None where the run was told to stop earlier.
+
+    Attributes:
+        folder: the run folder.
+        statistics: per bucket.
+        plan: what stays.
+        model_folder: the pruned Hugging Face folder.
+        evaluation: what was measured.
+        summary: one sentence.
+        reused: names of the stages whose earlier results were still valid.
+    """
+
+    folder: Path
+    statistics: Mapping[str, BucketStatistics] = field(default_factory=dict)
+    plan: Plan | None = None
+    model_folder: Path | None = None
+    evaluation: Evaluation | None = None
+    summary: str = ""
+    reused: list[str] = field(default_factory=list)
+
+
+def versions() -> dict[str, str]:
+    """Return the versions that results depend on."""
+    packages = ("secateur", "torch", "transformers", "tokenizers", "safetensors")
+    return {"python": platform.python_version(), **{name: importlib.metadata.version(name) for name in packages}}
+
+
+def require_buckets(asked: Iterable[str], known: Iterable[str], key: str = "buckets") -> None:
+    """Raise ConfigError for the first bucket that is asked for and not known."""
+    names = list(known)
+    for name in asked:
+        if name not in names:
+            raise ConfigError(f"{key}: " + unknown_name("bucket", name, names))
+
+
+def run(recipe: Recipe, *, until: Stage = "evaluate", progress: Progress = silent) -> RunResult:
+    """Do the main job and return what it made.
+
+    Args:
+        recipe: what is asked.
+        until: last stage to run.
+        progress: told about everything that takes time.
+
+    Raises:
+        SecateurError: anything a user can mend; raised before the expensive work wherever that is possible.
+    """
+    job = _Job(recipe, progress)
+    job.check()
+    job.calibrate()
+    if until != "calibrate":
+        job.plan()
+    if until in ("shrink", "evaluate"):
+        job.shrink()
+    if until == "evaluate":
+        job.evaluate()
+    return job.result
+
+
+class _Job:
+    """One run: holds what is loaded, so that nothing is loaded twice or before it is needed."""
+
+    def __init__(self, recipe: Recipe, progress: Progress) -> None:
+        self.recipe = recipe
+        self.progress = progress
+        self.folder = RunFolder.open(Path(recipe.output).expanduser())
+        self.result = RunResult(self.folder.path)
+
+    # -- what is asked, resolved ---------------------------------------------------------------------------------
+
+    @cached_property
+    def checkpoint(self) -> Any:
+        return resolve_model(self.recipe.model, trust_remote_code=self.recipe.trust_remote_code)
+
+    @cached_property
+    def model_fingerprint(self) -> str:
+        return fingerprint(self.checkpoint)
+
+    @cached_property
+    def tokenizer(self) -> Any:
+        return load_tokenizer(self.checkpoint, trust_remote_code=self.recipe.trust_remote_code)
+
+    @cached_property
+    def dense(self) -> Any:
+        with self.progress("load the model", None, "") as task:
+            model = load_model(
+                self.checkpoint,
+                device=self.recipe.device,
+                dtype=self.recipe.dtype,
+                trust_remote_code=self.recipe.trust_remote_code,
+            )
+            task.advance(1)
+        return model
+
+    @cached_property
+    def calibration_buckets(self) -> list[str]:
+        return self._named(self.recipe.calibrate.buckets, list(self.recipe.buckets()), "calibrate.buckets")
+
+    @cached_property
+    def pruning_buckets(self) -> list[str]:
+        named = self._named(self.recipe.prune.buckets, list(self.recipe.domain), "prune.buckets")
+        missing = [name for name in named if name not in self.calibration_buckets]
+        if missing:
+            raise ConfigError(f"prune.buckets names {missing[0]}, which calibrate.buckets leaves out. Add it there.")
+        return named
+
+    def _named(self, asked: Sequence[str] | None, default: list[str], key: str) -> list[str]:
+        require_buckets(asked or (), self.recipe.buckets(), key)
+        return list(asked) if asked else default
+
+    @cached_property
+    def request(self) -> Request:
+        return Request.of(self.recipe.prune, bytes_per_parameter=float(self.checkpoint.dtype.itemsize))
+
+    @cached_property
+    def source_keys(self) -> dict[str, str]:
+        return {name: digest(source_signature(spec), spec.model_dump()) for name, spec in self.recipe.buckets().items()}
+
+    def check(self) -> None:
+        """Resolve every name and refuse what cannot work, before weights are read or text is run."""
+        method = METHODS[self.recipe.prune.method]
+        method.check_options(self.recipe.prune.options)
+        if method.name == "reversed":
+            _ = METHODS[self.recipe.prune.options.get("of", "contextual")]
+        _ = self.pruning_buckets
+        for name, spec in self.recipe.buckets().items():
+            check_sources(spec)
+        self._rehearse()
+        self.folder.describe(
+            versions=versions(),
+            model=self.recipe.model,
+            model_fingerprint=self.model_fingerprint,
+            seed=self.recipe.prune.seed,
+        )
+        self.folder.write_text("recipe.yml", self.recipe.to_yaml())
+
+    def _rehearse(self) -> None:
+        """Plan on made-up scores, so that a budget that cannot be met is refused before calibration."""
+        geometry, kinds = self.checkpoint.geometry, self.recipe.prune.unit_kinds()
+        geometry.require_cuttable(kinds)
+        if "threshold" in self.request.budget:
+            return
+        values = {
+            kind: [torch.arange(axis.num_units, dtype=torch.float64) for axis in geometry.axes[kind]] for kind in kinds
+        }
+        make_plan(Scores("rehearsal", {}, (), values), geometry, self.checkpoint.shapes, self.request)
+
+    # -- stages --------------------------------------------------------------------------------------------------
+
+    def calibrate(self) -> None:
+        statistics = {name: self._calibrate_bucket(name) for name in self.calibration_buckets}
+        self.result.statistics = statistics
+
+    def _calibrate_bucket(self, name: str) -> BucketStatistics:
+        stage, file = f"calibrate:{name}", self.folder.path / "statistics" / f"{name}.safetensors"
+        options = self.recipe.calibrate.model_dump(exclude={"buckets", "batch_size"})
+        key = digest(self.model_fingerprint, self.source_keys[name], options, self.recipe.dtype)
+        if self.folder.is_done(stage, key, file, file.with_suffix(".json")):
+            self.result.reused.append(stage)
+            return read_statistics(file)[0]
+        self.folder.forget(stage)
+        started = time.perf_counter()
+        blocks = self._blocks(name, "calibration")
+        statistics = collect(
+            self.dense,
+            blocks,
+            self.checkpoint.geometry,
+            batch_size=self.recipe.calibrate.batch_size,
+            progress=self.progress,
+            label=f"calibrate on {name}",
+        )
+        write_statistics(
+            file,
+            statistics,
+            {
+                "bucket": name,
+                "model_fingerprint": self.model_fingerprint,
+                "family": self.checkpoint.geometry.family.name,
+                "versions": versions(),
+                "text": blocks.describe(),
+            },
+        )
+        self.folder.finish(stage, key, started, tokens=statistics.num_tokens)
+        return statistics
+
+    def _blocks(self, name: str, split: Literal["calibration", "test"]) -> PackedBlocks:
+        exclude = self._calibrated_documents() if split == "test" else frozenset()
+        tokens = self.recipe.calibrate.max_tokens if split == "calibration" else self.recipe.evaluate.max_tokens
+        with self.progress(f"read {name} text ({split})", None, "") as task:
+            blocks = load_split(
+                self.recipe.buckets()[name],
+                split,
+                self.tokenizer,
+                block_size=self.recipe.calibrate.block_size,
+                max_tokens=tokens,
+                exclude=exclude,
+                name=name,
+            )
+            task.advance(1)
+        return blocks
+
+    def _calibrated_documents(self) -> frozenset[int]:
+        return frozenset(h for bucket in self.result.statistics.values() for h in bucket.documents.tolist())
+
+    def _merged(self) -> BucketStatistics:
+        first, *rest = (self.result.statistics[name] for name in self.pruning_buckets)
+        for statistics in rest:
+            first = merge_buckets(first, statistics)
+        return first
+
+    def _score(
+        self, method: str, statistics: BucketStatistics, options: Mapping[str, Any], *, seed: int
+    ) -> Scores:
+        return score_units(
+            method,
+            statistics,
+            self.checkpoint.geometry,
+            self.recipe.prune.unit_kinds(),
+            load_tensor=lambda name: parameter(self.dense, name),
+            options=options,
+            seed=seed,
+            buckets=self.pruning_buckets,
+            inputs_fingerprint=self.model_fingerprint,
+        )
+
+    def _plan(self, method: str, options: Mapping[str, Any]) -> tuple[Scores, Plan]:
+        merged = self._merged()
+        scores = self._score(method, merged, options, seed=self.recipe.prune.seed)
+        plan = make_plan(
+            scores,
+            self.checkpoint.geometry,
+            self.checkpoint.shapes,
+            self.request,
+            model_fingerprint=self.model_fingerprint,
+            calibration_tokens=merged.num_tokens,
+        )
+        return scores, with_constants(plan, self.checkpoint.geometry, merged.moments, self.checkpoint.shapes)
+
+    def plan(self) -> None:
+        file = self.folder.path / "plan.json"
+        merged = statistics_digest(self._merged())
+        key = digest(self.model_fingerprint, merged, self.recipe.prune.model_dump(), self.checkpoint.dtype.itemsize)
+        if self.folder.is_done("plan", key, file):
+            self.result.reused.append("plan")
+            self.result.plan = Plan.from_dict(read_json(file))
+            check_plan(self.result.plan, self.checkpoint.geometry)
+            return
+        started = time.perf_counter()
+        scores, plan = self._plan(self.recipe.prune.method, self.recipe.prune.options)
+        write_scores(self.folder.path / "scores" / f"{scores.method}.safetensors", scores)
+        write_json(file, plan.to_dict())
+        self.folder.finish("plan", key, started)
+        self.result.plan = plan
+
+    def shrink(self) -> None:
+        plan = self._required_plan()
+        folder = self.folder.path / "model"
+        key = digest(self.model_fingerprint, plan.to_dict(), str(self.checkpoint.dtype))
+        self.result.model_folder = folder
+        if self.folder.is_done("shrink", key, folder / "config.json"):
+            self.result.reused.append("shrink")
+            return
+        started = time.perf_counter()
+        self.folder.forget("shrink")
+        pruned = self._pruned(plan).to(self.checkpoint.dtype)
+        with self.progress("save and reload", None, "") as task:
+            difference = export_huggingface(
+                pruned,
+                self.tokenizer,
+                plan,
+                folder,
+                source=self.checkpoint.folder,
+                sample=self._sample(pruned),
+                provenance={
+                    "model": self.recipe.model,
+                    "statistics": {name: self.result.statistics[name].corpus_fingerprint for name in plan.calibrated_on},
+                    "versions": versions(),
+                },
+            )
+            task.advance(1)
+        self.folder.finish("shrink", key, started, reload_difference=difference)
+        self._write_card(())
+
+    def _required_plan(self) -> Plan:
+        assert self.result.plan is not None, "plan() comes first"
+        return self.result.plan
+
+    def _pruned(self, plan: Plan) -> Any:
+        geometry = self.checkpoint.geometry
+        config = shrink_config(self.checkpoint.config, plan, geometry)
+        return build_model(config, shrink_parameters(self.dense.state_dict().items(), plan, geometry), self.dense)
+
+    def _sample(self, model: Any) -> dict[str, Any]:
+        blocks = self._blocks(self.pruning_buckets[0], "calibration")
+        return model_inputs(next(iter(blocks.batches(1))), self.checkpoint.geometry.family, model)
+
+    # -- evaluation ----------------------------------------------------------------------------------------------
+
+    @cached_property
+    def test_blocks(self) -> dict[str, PackedBlocks]:
+        return {name: self._blocks(name, "test") for name in self.recipe.buckets()}
+
+    def evaluate(self) -> None:
+        plan = self._required_plan()
+        file = self.folder.path / "evaluation.json"
+        earlier = Evaluation.from_dict(read_json(file)).models if file.is_file() else {}
+        rows: dict[str, ModelScore] = {}
+        for name in ["dense", "pruned", *self.recipe.evaluate.controls]:
+            key = self._evaluation_key(name, plan)
+            if name in earlier and self.folder.is_done(f"evaluate:{name}", key, file):
+                self.result.reused.append(f"evaluate:{name}")
+                rows[name] = earlier[name]
+            else:
+                started = time.perf_counter()
+                rows[name] = self._evaluate_model(name, plan)
+                write_json(file, Evaluation({**earlier, **rows}, self.recipe.prune.seed).to_dict())
+                self.folder.finish(f"evaluate:{name}", key, started)
+        evaluation = Evaluation(rows, self.recipe.prune.seed)
+        write_json(file, evaluation.to_dict())
+        self.result.evaluation = evaluation
+        self.result.summary = verdict(evaluation, list(self.recipe.domain))
+        self._write_reports(plan, evaluation)
+
+    def _evaluation_key(self, name: str, plan: Plan) -> str:
+        options = self.recipe.evaluate.model_dump(exclude={"controls", "batch_size"})
+        text = [self.model_fingerprint, self.source_keys, options, self.recipe.calibrate.model_dump(), self.recipe.dtype]
+        cut = [] if name == "dense" else [plan.to_dict(), self.recipe.prune.model_dump()]
+        return digest(text, cut, sorted(self._calibrated_documents()))
+
+    def _evaluate_model(self, name: str, plan: Plan) -> ModelScore:
+        if name == "dense":
+            return self._measure(name, self.dense, self.checkpoint.size_bytes)
+        if name == "pruned":
+            assert self.result.model_folder is not None, "shrink() comes first"
+            saved = resolve_model(str(self.result.model_folder))
+            model = load_model(saved, device=self.recipe.device, dtype=self.recipe.dtype)
+            return self._measure(name, model, weight_bytes(self.result.model_folder))
+        options = {"of": plan.method} if name == "reversed" else {}
+        control = self._control_plan(name, options, plan)
+        model = self._pruned(control)
+        return self._measure(name, model, memory_bytes(model) // model.dtype.itemsize * self.checkpoint.dtype.itemsize)
+
+    def _control_plan(self, method: str, options: Mapping[str, Any], plan: Plan) -> Plan:
+        """Keep as many units per layer as the plan does, but others."""
+        scores = self._score(method, self._merged(), options, seed=self.recipe.prune.seed)
+        return same_size_plan(plan, scores)
+
+    def _measure(self, name: str, model: Any, size_bytes: int) -> ModelScore:
+        text: dict[str, TextScore] = {}
+        for bucket, blocks in self.test_blocks.items():
+            text[bucket] = evaluate_text(
+                model,
+                blocks,
+                self.checkpoint.geometry.family,
+                batch_size=self.recipe.evaluate.batch_size,
+                num_excluded=blocks.num_excluded,
+                progress=self.progress,
+                label=f"evaluate {name} on {bucket}",
+            )
+        geometry = build_geometry(self.checkpoint.geometry.family, model.config.to_dict())
+        return ModelScore(name, model_parameters(model, geometry), size_bytes, text)
+
+    # -- words ---------------------------------------------------------------------------------------------------
+
+    def _write_reports(self, plan: Plan, evaluation: Evaluation) -> None:
+        speeds = {name: statistics.tokens_per_s for name, statistics in self.result.statistics.items()}
+        report = render_report(
+            plan,
+            evaluation,
+            model_name=self.checkpoint.name,
+            domains=list(self.recipe.domain),
+            manifest=self.folder.manifest,
+            calibration_tokens_per_s=speeds,
+            recipe_yaml=self.recipe.to_yaml(),
+        )
+        self.folder.write_text("report.md", report)
+        tables = (result_table(evaluation), evidence_table(evaluation))
+        self._write_card([table.markdown() + "\n" for table in tables])
+
+    def _write_card(self, tables: Sequence[str]) -> None:
+        plan = self._required_plan()
+        card = render_model_card(
+            plan,
+            base_model=self.recipe.model if self.checkpoint.name == self.recipe.model else self.checkpoint.name,
+            base_metadata=read_front_matter(self.checkpoint.folder),
+            domains=list(self.recipe.domain),
+            tables=[*tables, parts_table(plan.parameters_dense, plan.parameters_pruned).markdown() + "\n"],
+            summary=self.result.summary,
+            version=versions()["secateur"],
+        )
+        self.folder.write_text("model/README.md", card)

@@ -1,0 +1,154 @@
+"""The tables of a run as plain rows of text, for the terminal, for Markdown and for the model card alike."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+
+from secateur.records.evaluation import Evaluation, ModelScore, TextScore, paired_difference
+from secateur.records.plan import Plan
+from secateur.records.units import PARTS
+
+
+@dataclass(frozen=True, slots=True)
+class Table:
+    """A title, column heads and rows; the first column is text, the others are numbers already formatted."""
+
+    title: str
+    columns: Sequence[str]
+    rows: Sequence[Sequence[str]]
+
+    def markdown(self) -> str:
+        """Return the table in GitHub Markdown."""
+        head = "| " + " | ".join(self.columns) + " |"
+        rule = "|" + "|".join("---" if i == 0 else "---:" for i in range(len(self.columns))) + "|"
+        return "\n".join([head, rule, *("| " + " | ".join(row) + " |" for row in self.rows)])
+
+
+def format_count(count: float) -> str:
+    """Return a parameter count such as 134.5 M."""
+    for unit, size in (("B", 1e9), ("M", 1e6), ("k", 1e3)):
+        if abs(count) >= size:
+            return f"{count / size:.1f} {unit}"
+    return f"{count:.0f}"
+
+
+def format_bytes(size: float) -> str:
+    """Return a size in decimal units such as 538.1 MB."""
+    for unit, scale in (("GB", 1e9), ("MB", 1e6), ("kB", 1e3)):
+        if size >= scale:
+            return f"{size / scale:.1f} {unit}"
+    return f"{size:.0f} B"
+
+
+def with_error(value: float, error: float) -> str:
+    """Return a value and its standard error with digits that mean something, such as 12.03 ± 0.21."""
+    if not math.isfinite(error) or error <= 0:
+        return f"{value:.4g}"
+    digits = min(6, max(0, 1 - math.floor(math.log10(error))))
+    return f"{value:,.{digits}f} ± {error:,.{digits}f}"
+
+
+def _ratio_to_dense(score: TextScore, dense: TextScore) -> str:
+    difference = paired_difference(score, dense)
+    ratio = math.exp(min(difference.mean, 700.0))
+    return with_error(ratio, ratio * difference.stderr)
+
+
+def result_table(evaluation: Evaluation) -> Table:
+    """Return the table a newcomer reads: every model's size and its loss on every bucket's held-out text."""
+    dense = next(iter(evaluation.models.values()))
+    buckets = list(dense.text)
+    columns = ["model", "parameters", "weights"]
+    for bucket in buckets:
+        columns += [f"{bucket} perplexity", f"{bucket} bits/byte", f"{bucket} ppl / dense"]
+    rows = [_result_row(model, dense, buckets) for model in evaluation.models.values()]
+    return Table("held-out results (± one standard error)", columns, rows)
+
+
+def _result_row(model: ModelScore, dense: ModelScore, buckets: Sequence[str]) -> list[str]:
+    share = model.total_parameters / dense.total_parameters - 1
+    size = format_count(model.total_parameters) + (f" ({share:+.1%})" if model is not dense else "")
+    row = [model.name, size, format_bytes(model.size_bytes)]
+    for bucket in buckets:
+        score = model.text[bucket]
+        row.append(with_error(score.perplexity, score.perplexity_stderr))
+        row.append(with_error(score.bits_per_byte, score.bits_per_byte_stderr))
+        row.append("1" if model is dense else _ratio_to_dense(score, dense.text[bucket]))
+    return row
+
+
+def evidence_table(evaluation: Evaluation) -> Table:
+    """Return on how much text each bucket was measured."""
+    dense = next(iter(evaluation.models.values()))
+    rows = [
+        [
+            bucket,
+            f"{score.num_documents:,}",
+            f"{score.num_tokens:,}",
+            f"{score.num_bytes:,}",
+            f"{score.num_excluded:,}",
+            score.corpus_fingerprint[:12],
+        ]
+        for bucket, score in dense.text.items()
+    ]
+    return Table(
+        "test text",
+        ["bucket", "documents", "predicted tokens", "bytes", "excluded (seen in calibration)", "fingerprint"],
+        rows,
+    )
+
+
+def parts_table(dense: Mapping[str, int], pruned: Mapping[str, int]) -> Table:
+    """Return parameters by part, before and after."""
+    rows = []
+    for part in [*PARTS, "total"]:
+        before = sum(dense.values()) if part == "total" else dense.get(part, 0)
+        after = sum(pruned.values()) if part == "total" else pruned.get(part, 0)
+        share = f"{after / before - 1:+.1%}" if before else ""
+        rows.append([part, f"{before:,}", f"{after:,}", f"{after - before:+,}", share])
+    return Table("parameters", ["part", "dense", "pruned", "change", "share"], rows)
+
+
+def plan_table(plan: Plan) -> Table:
+    """Return one row per layer: what stays of each kind, and the scores on both sides of the cut."""
+    kinds = list(plan.layers)
+    columns = ["layer"]
+    for kind in kinds:
+        columns += [f"{kind}s kept", "of", "highest score removed", "lowest score kept"]
+    rows = []
+    for index in range(len(plan.layers[kinds[0]])):
+        row = [str(index)]
+        for kind in kinds:
+            layer = plan.layers[kind][index]
+            row += [f"{len(layer.keep):,}", f"{layer.num_units:,}", _score(layer.highest_removed), _score(layer.lowest_kept)]
+        rows.append(row)
+    return Table("plan", columns, rows)
+
+
+def _score(value: float | None) -> str:
+    return "" if value is None else f"{value:.4g}"
+
+
+def speed_table(evaluation: Evaluation, calibration_tokens_per_s: Mapping[str, float]) -> Table:
+    """Return the tokens/s of calibration and evaluation passes, as met in this run."""
+    rows = [[f"calibrate {bucket}", f"{speed:,.0f}"] for bucket, speed in calibration_tokens_per_s.items() if speed]
+    for model in evaluation.models.values():
+        rows += [[f"evaluate {model.name} on {b}", f"{s.tokens_per_s:,.0f}"] for b, s in model.text.items()]
+    return Table("speed of this run", ["pass", "tokens/s"], rows)
+
+
+def verdict(evaluation: Evaluation, domains: Sequence[str]) -> str:
+    """Return one sentence per domain: smaller by how much, at what loss, against random."""
+    dense, pruned = evaluation.models["dense"], evaluation.models["pruned"]
+    random = evaluation.models.get("random")
+    smaller = 1 - pruned.total_parameters / dense.total_parameters
+    sentences = []
+    for bucket in domains:
+        ratio = _ratio_to_dense(pruned.text[bucket], dense.text[bucket])
+        text = f"{smaller:.1%} fewer parameters; perplexity on held-out {bucket} text is {ratio} x the dense model's"
+        if random is not None:
+            text += f" (random pruning at the same size: {_ratio_to_dense(random.text[bucket], dense.text[bucket])} x)"
+        sentences.append(text + ".")
+    return " ".join(sentences)

@@ -1,0 +1,100 @@
+"""A run's folder: where each stage's result lies, and whether it is still the result of what is asked now.
+
+A stage's result carries a key, a hash of everything it depends on. The same key means it can be reused; another key,
+or a missing file, means the stage runs again. Results appear whole or not at all, so a run that was stopped resumes.
+"""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Mapping
+from datetime import datetime, timezone
+from pathlib import Path
+from typing import Any
+
+from secateur.errors import CheckpointError, ExportError
+from secateur.store.artifacts import disk_errors, read_json, write_json, write_text
+
+MANIFEST_VERSION = 1
+
+
+class RunFolder:
+    """The folder of one run.
+
+    Attributes:
+        path: the folder.
+        manifest: stages with keys and timings, versions, fingerprints and seeds.
+    """
+
+    def __init__(self, path: Path, manifest: dict[str, Any]) -> None:
+        self.path = path
+        self.manifest = manifest
+
+    @classmethod
+    def open(cls, path: Path) -> RunFolder:
+        """Return the run folder at ``path``, created if need be.
+
+        Raises:
+            ExportError: the path is a file, or a folder with something else in it.
+        """
+        manifest_file = path / "manifest.json"
+        if path.exists() and not path.is_dir():
+            raise ExportError(f"output {path} is a file. Choose another output folder.")
+        if manifest_file.is_file():
+            try:
+                manifest = read_json(manifest_file)
+            except CheckpointError:
+                manifest = {}
+            return cls(path, {"schema_version": MANIFEST_VERSION, "stages": {}, **manifest})
+        if path.is_dir() and any(path.iterdir()):
+            first = sorted(item.name for item in path.iterdir())[0]
+            raise ExportError(
+                f"output folder {path} is not empty and is not a run of secateur (it holds {first}). "
+                "Choose another output, or empty it."
+            )
+        with disk_errors(path):
+            path.mkdir(parents=True, exist_ok=True)
+        run = cls(path, {"schema_version": MANIFEST_VERSION, "stages": {}})
+        run.save()
+        return run
+
+    def save(self) -> None:
+        """Write the manifest."""
+        write_json(self.path / "manifest.json", self.manifest)
+
+    def describe(self, **facts: Any) -> None:
+        """Record facts about the whole run: versions, fingerprints, seeds."""
+        self.manifest.update(facts)
+        self.save()
+
+    def is_done(self, stage: str, key: str, *files: Path) -> bool:
+        """Return whether a stage's result exists and was made from the same inputs."""
+        entry: Mapping[str, Any] = self.manifest["stages"].get(stage, {})
+        return entry.get("key") == key and all(file.exists() for file in files)
+
+    def finish(self, stage: str, key: str, started: float, **facts: Any) -> None:
+        """Record that a stage's result is complete.
+
+        Args:
+            stage: name of the stage.
+            key: hash of what it depends on.
+            started: ``time.perf_counter()`` when it began.
+            facts: what else to record about it.
+        """
+        self.manifest["stages"][stage] = {
+            "key": key,
+            "seconds": round(time.perf_counter() - started, 3),
+            "finished": datetime.now(timezone.utc).isoformat(timespec="seconds"),
+            **facts,
+        }
+        self.save()
+
+    def forget(self, stage: str) -> None:
+        """Drop the record of a stage, before its result is replaced."""
+        if self.manifest["stages"].pop(stage, None) is not None:
+            self.save()
+
+    def write_text(self, name: str, text: str) -> Path:
+        """Write a text file of the run."""
+        write_text(self.path / name, text)
+        return self.path / name

@@ -1,0 +1,262 @@
+"""What every scoring method promises; registering a method enrols it here."""
+
+from __future__ import annotations
+
+import inspect
+from collections.abc import Callable, Sequence
+from dataclasses import replace
+from functools import cache
+from itertools import product
+from typing import Any, Literal, get_args, get_origin, get_type_hints
+
+import pytest
+import torch
+from torch import Tensor
+
+from secateur.calibrate import collect
+from secateur.errors import ConfigError
+from secateur.families.geometry import Geometry
+from secateur.families.loader import families
+from secateur.records.statistics import BucketStatistics, Moments
+from secateur.records.units import FFN_CHANNEL, GQA_GROUP, UNIT_KINDS
+from secateur.score import METHODS, Evidence, score_units
+from tests.blocks import hand_made_blocks
+from tests.conftest import geometry_of, pico_model
+from tests.pruning import logits, masked
+
+NUM_UNITS = 12
+
+
+def variants(name: str) -> list[dict[str, Any]]:
+    """Return every combination of a method's options whose values are listed in its signature."""
+    function = METHODS[name].function
+    hints = get_type_hints(function)
+    options = [p.name for p in inspect.signature(function).parameters.values() if p.kind is p.KEYWORD_ONLY]
+    listed = {option: get_args(hints[option]) for option in options if get_origin(hints[option]) is Literal}
+    return [dict(zip(listed, values, strict=True)) for values in product(*listed.values())]
+
+
+def cases(*, controls: bool) -> list[Any]:
+    """Return (method, options) for every registered method, with or without the controls."""
+    return [
+        pytest.param(name, options, id="-".join([name, *map(str, options.values())]))
+        for name in METHODS
+        for options in variants(name)
+        if controls or not METHODS[name].control
+    ]
+
+
+every_method = pytest.mark.parametrize(("method", "options"), cases(controls=True))
+every_real_method = pytest.mark.parametrize(("method", "options"), cases(controls=False))
+each_kind = pytest.mark.parametrize("kind", UNIT_KINDS)
+
+
+def evidence(kind: str, seed: int = 0) -> Evidence:
+    """Return made-up evidence that could have come from a model: sums over tokens that exist, and weights."""
+    generator = torch.Generator().manual_seed(seed)
+    width = 1 if kind == FFN_CHANNEL else 3
+    tokens = torch.randn(40, NUM_UNITS * width, dtype=torch.float64, generator=generator)
+    tokens *= torch.rand(NUM_UNITS * width, dtype=torch.float64, generator=generator) + 0.1
+    weights = [torch.randn(NUM_UNITS, 5 * width, generator=generator) for _ in range(3)]
+    outputs = [torch.rand(NUM_UNITS, dtype=torch.float64, generator=generator) * 40 for _ in range(2)]
+    return Evidence(
+        kind=kind,
+        layer=1,
+        num_units=NUM_UNITS,
+        width=width,
+        moments=Moments(40, tokens.sum(0), tokens.abs().sum(0), tokens.pow(2).sum(0)),
+        linear_abs=outputs if kind == FFN_CHANNEL else [],
+        load_weights=lambda: weights,
+        seed=7,
+    )
+
+
+def permuted(item: Evidence, order: Tensor) -> Evidence:
+    """Return the evidence of the same units in another order."""
+
+    def channels(values: Tensor) -> Tensor:
+        return values.reshape(item.num_units, item.width)[order].reshape(-1)
+
+    sums = item.moments
+    weights = [matrix[order] for matrix in item.load_weights()]
+    return replace(
+        item,
+        moments=Moments(sums.count, channels(sums.sum), channels(sums.sum_abs), channels(sums.sum_sq)),
+        linear_abs=[values[order] for values in item.linear_abs],
+        load_weights=lambda: weights,
+    )
+
+
+def score(method: str, item: Evidence, options: dict[str, Any]) -> Tensor:
+    """Return a method's scores, or skip where the method refuses this kind of unit and these options by name."""
+    try:
+        return METHODS[method].function(item, **options)
+    except ConfigError as error:
+        assert item.kind in str(error)
+        pytest.skip(str(error))
+
+
+@each_kind
+@every_method
+def test_one_finite_number_per_unit(method: str, options: dict[str, Any], kind: str) -> None:
+    """A method gives one finite float64 score per unit."""
+    values = score(method, evidence(kind), options)
+    assert values.shape == (NUM_UNITS,)
+    assert values.dtype == torch.float64
+    assert bool(torch.isfinite(values).all())
+
+
+@each_kind
+@every_method
+def test_scores_are_deterministic_and_leave_the_evidence_alone(
+    method: str, options: dict[str, Any], kind: str
+) -> None:
+    """The same evidence gives the same scores twice, whatever the global random state, and is not changed."""
+    item, untouched = evidence(kind), evidence(kind)
+    first = score(method, item, options)
+    torch.manual_seed(99)
+    torch.rand(3)
+    assert torch.equal(first, score(method, item, options))
+    assert torch.equal(item.moments.sum_abs, untouched.moments.sum_abs)
+    assert torch.equal(item.moments.sum_sq, untouched.moments.sum_sq)
+    for mine, other in zip(
+        [*item.linear_abs, *item.load_weights()], [*untouched.linear_abs, *untouched.load_weights()], strict=True
+    ):
+        assert torch.equal(mine, other)
+
+
+@each_kind
+@every_method
+def test_permuting_units_permutes_scores(method: str, options: dict[str, Any], kind: str) -> None:
+    """A unit's score does not depend on its place; methods that look at nothing are excepted."""
+    if METHODS[method].needs == "nothing":
+        pytest.skip("draws by place on purpose")
+    item = evidence(kind)
+    order = torch.randperm(NUM_UNITS, generator=torch.Generator().manual_seed(3))
+    expected = score(method, item, options)[order]
+    torch.testing.assert_close(score(method, permuted(item, order), options), expected, rtol=1e-12, atol=0)
+
+
+@each_kind
+@every_method
+def test_methods_read_what_they_say_they_need(method: str, options: dict[str, Any], kind: str) -> None:
+    """Weights are read only by methods that need them, and a method that needs nothing ignores the evidence."""
+    item = evidence(kind)
+    calls: list[str] = []
+
+    def load() -> Sequence[Tensor]:
+        calls.append("weights")
+        return item.load_weights()
+
+    expected = score(method, replace(item, load_weights=load), options)
+    needs = METHODS[method].needs
+    if needs in ("statistics", "weights", "nothing"):
+        assert bool(calls) == ("weights" in needs)
+    if needs == "nothing":
+        assert torch.equal(score(method, evidence(kind, seed=5), options), expected)
+
+
+@pytest.mark.parametrize("method", list(METHODS))
+def test_every_method_is_described(method: str) -> None:
+    """The fields that the documentation and ``secateur methods`` print are filled in."""
+    entry = METHODS[method]
+    assert entry.name == method
+    for field in ("measures", "formula", "needs", "cost", "caveat", "source"):
+        assert getattr(entry, field).strip(), f"{method} has no {field}"
+    first_line = inspect.getdoc(entry.function)
+    assert first_line and first_line.startswith("Return")
+    if not entry.control:
+        assert "arXiv" in entry.source or "http" in entry.source
+
+
+@pytest.mark.parametrize("method", list(METHODS))
+def test_every_option_has_a_default(method: str) -> None:
+    """A recipe that names only the method is complete."""
+    parameters = list(inspect.signature(METHODS[method].function).parameters.values())
+    assert parameters[0].kind is inspect.Parameter.POSITIONAL_ONLY
+    for parameter in parameters[1:]:
+        assert parameter.kind is inspect.Parameter.KEYWORD_ONLY
+        assert parameter.default is not inspect.Parameter.empty
+
+
+@pytest.mark.parametrize("method", list(METHODS))
+def test_unknown_options_are_refused_by_name(method: str) -> None:
+    """A misspelt option is an error that names the method, not a silent default."""
+    with pytest.raises(ConfigError, match=rf"{method}.*'threshhold'"):
+        METHODS[method].check_options({"threshhold": 1})
+
+
+@every_method
+def test_listed_option_values_are_accepted_and_others_refused(method: str, options: dict[str, Any]) -> None:
+    """Every listed value passes the check; a value that is not listed is refused with the listed ones."""
+    entry = METHODS[method]
+    entry.check_options(options)
+    for key, value in options.items():
+        with pytest.raises(ConfigError, match=str(value)):
+            entry.check_options({**options, key: "no such value"})
+
+
+@cache
+def planted() -> tuple[Any, Geometry, BucketStatistics, dict[str, list[list[int]]]]:
+    """Return a pico model with useless units, its geometry, its statistics and the useful units per kind and layer.
+
+    Half of the FFN channels have tiny gate and up rows; one group of three has tiny query, key and value rows.
+    """
+    family = families()["llama"]
+    model = pico_model(family)
+    geometry = geometry_of(model, family)
+    generator = torch.Generator().manual_seed(11)
+    useful: dict[str, list[list[int]]] = {FFN_CHANNEL: [], GQA_GROUP: []}
+    with torch.no_grad():
+        for layer, block in enumerate(model.model.layers):
+            order = torch.randperm(64, generator=generator)
+            block.mlp.gate_proj.weight[order[32:]] *= 1e-3
+            block.mlp.up_proj.weight[order[32:]] *= 1e-3
+            useful[FFN_CHANNEL].append(sorted(order[:32].tolist()))
+            block.self_attn.q_proj.weight.view(3, 16, 48)[layer] *= 1e-3
+            block.self_attn.k_proj.weight.view(3, 8, 48)[layer] *= 1e-3
+            block.self_attn.v_proj.weight.view(3, 8, 48)[layer] *= 1e-3
+            useful[GQA_GROUP].append([group for group in range(3) if group != layer])
+    return model, geometry, collect(model, hand_made_blocks(), geometry), useful
+
+
+def best_units(method: str, kind: str, options: dict[str, Any], seed: int = 0) -> list[list[int]]:
+    """Return, per layer, as many best-scored units of the planted model as it has useful ones."""
+    model, geometry, statistics, useful = planted()
+    state = model.state_dict()
+    try:
+        values = score_units(
+            method, statistics, geometry, [kind], load_tensor=state.get, options=options, seed=seed
+        ).values[kind]
+    except ConfigError as error:
+        assert kind in str(error)
+        pytest.skip(str(error))
+    return [
+        sorted(layer.argsort(descending=True)[: len(units)].tolist())
+        for layer, units in zip(values, useful[kind], strict=True)
+    ]
+
+
+@each_kind
+@every_real_method
+def test_useless_units_score_lowest(method: str, options: dict[str, Any], kind: str) -> None:
+    """Real methods put every planted useless unit below every useful one."""
+    assert best_units(method, kind, options) == planted()[3][kind]
+
+
+@each_kind
+@every_real_method
+def test_real_methods_beat_the_random_control(method: str, options: dict[str, Any], kind: str) -> None:
+    """Keeping the units a method prefers changes the logits less than keeping as many random ones, for every seed."""
+    model, geometry, _, _ = planted()
+    token_ids = torch.arange(90).reshape(2, 45)
+    dense = logits(model, token_ids)
+
+    def damage(kept: Callable[[], list[list[int]]]) -> float:
+        with masked(model, geometry, {kind: kept()}):
+            return float((logits(model, token_ids) - dense).norm())
+
+    chosen = damage(lambda: best_units(method, kind, options))
+    randoms = [damage(lambda seed=seed: best_units("random", kind, {}, seed)) for seed in range(5)]
+    assert chosen <= min(randoms)
+    assert chosen < 0.1 * max(randoms)
