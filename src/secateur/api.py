@@ -1,9 +1,9 @@
 """The main job's stages as functions on models that are already loaded; recipes and folders stay out of the way.
 
-    statistics = secateur.calibrate(model, tokenizer, texts)
-    plan = secateur.plan(model, statistics, budget={"channels": 0.2})
-    smaller = secateur.shrink(model, plan)
-    score = secateur.evaluate(smaller, tokenizer, held_out_texts, exclude=statistics)
+statistics = secateur.calibrate(model, tokenizer, texts)
+plan = secateur.plan(model, statistics, budget={"channels": 0.2})
+smaller = secateur.shrink(model, plan)
+score = secateur.evaluate(smaller, tokenizer, held_out_texts, exclude=statistics)
 """
 
 from __future__ import annotations

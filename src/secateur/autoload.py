@@ -10,8 +10,8 @@ import importlib.abc
 import importlib.machinery
 import importlib.util
 import sys
-from collections.abc import Sequence
 from types import ModuleType
+from typing import Any
 
 _AWAITED = "transformers.models.auto.modeling_auto"
 
@@ -34,7 +34,7 @@ class _Waiter(importlib.abc.MetaPathFinder):
     """Steps aside for every import but one, and wraps that one's loader."""
 
     def find_spec(
-        self, fullname: str, path: Sequence[str] | None, target: ModuleType | None = None
+        self, fullname: str, path: Any, target: ModuleType | None = None
     ) -> importlib.machinery.ModuleSpec | None:
         """Return the awaited module's own spec with our loader around it; None for every other module."""
         if fullname != _AWAITED:

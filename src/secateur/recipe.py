@@ -27,7 +27,7 @@ def parse_bytes(value: object) -> object:
     """Return a size such as ``"400MB"`` or ``"1.5 GiB"`` as a number of bytes; other values pass through."""
     if not isinstance(value, str):
         return value
-    match = re.fullmatch(r"\s*([0-9.]+)\s*([kmg]?i?b?)\s*", value.lower())
+    match = re.fullmatch(r"\s*([0-9]*\.?[0-9]+)\s*([kmg]?i?b?)\s*", value.lower())
     unit = match and _BYTE_UNITS.get(match[2] if match[2].endswith("b") else match[2] + "b")
     if not match or unit is None:
         raise ValueError(f"cannot read {value!r} as a size; write for example 400MB or 1.5GiB")
@@ -210,7 +210,20 @@ class Recipe(_Record):
 
     def to_yaml(self) -> str:
         """Return the recipe as YAML with every default written out."""
-        return yaml.safe_dump(self.model_dump(mode="json", exclude_none=True), sort_keys=False, allow_unicode=True)
+        return yaml.safe_dump(_without_absent(self, self.model_dump(mode="json")), sort_keys=False, allow_unicode=True)
+
+
+def _without_absent(record: object, data: Any) -> Any:
+    """Return a record's plain data without its optional keys that were not given; a null that was asked for stays."""
+    if isinstance(record, _Record):
+        return {
+            name: _without_absent(getattr(record, name), data[name])
+            for name, field in type(record).model_fields.items()
+            if data[name] is not None or field.default is not None
+        }
+    if isinstance(record, Mapping):
+        return {key: _without_absent(value, data[key]) for key, value in record.items()}
+    return data
 
 
 def _corpus_short_form(value: object) -> object:
@@ -321,9 +334,9 @@ def _explain(item: Any) -> str:
 
 def _known_keys(location: tuple[Any, ...]) -> list[str]:
     model: type[BaseModel] = Recipe
+    if location[:1] == ("domain",):
+        model, location = CorpusSpec, location[2:]
     for part in location:
-        if part == "domain":
-            return list(CorpusSpec.model_fields) if len(location) > 1 else []
         if not isinstance(part, str) or part not in model.model_fields:
             continue
         inner = {

@@ -11,9 +11,10 @@ from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 
-from secateur.demo.cache import cache_folder, is_current, mark, writable
+from secateur.demo.cache import is_current, mark, writable
 from secateur.demo.corpora import parse_data_version, parse_obo, parse_summaries, write_jsonl
 from secateur.demo.fetch import Asset, PipRunner, fetch_member, run_pip
+from secateur.files import cache_folder
 from secateur.progress import Progress, silent
 from secateur.recipe import Budget, CalibrateSpec, CorpusSpec, EvaluateSpec, PruneSpec, Recipe
 

@@ -7,27 +7,14 @@ download and not a lock: two runs at once do the work twice and end with the sam
 from __future__ import annotations
 
 import errno
-import os
-import uuid
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
-from typing import IO
-
-import platformdirs
 
 from secateur.errors import UnavailableError
-
-CACHE_VARIABLE = "SECATEUR_CACHE"
-"""The environment variable that names the cache folder."""
+from secateur.files import CACHE_VARIABLE, replacing
 
 _NO_ROOM = (errno.ENOSPC, errno.EDQUOT)
-
-
-def cache_folder() -> Path:
-    """Return the folder for downloads: ``SECATEUR_CACHE`` when set, else the user's cache folder of this system."""
-    chosen = os.environ.get(CACHE_VARIABLE)
-    return Path(chosen).expanduser() if chosen else Path(platformdirs.user_cache_dir("secateur"))
 
 
 def is_current(path: Path, stamp: str) -> bool:
@@ -47,22 +34,6 @@ def mark(path: Path, stamp: str) -> None:
     content = _marker_content(path, stamp)
     with replacing(_marker(path)) as output:
         output.write(content)
-
-
-@contextmanager
-def replacing(target: Path) -> Iterator[IO[bytes]]:
-    """Open a temporary file that becomes ``target`` when the context ends well, and disappears otherwise.
-
-    Raises:
-        OSError: the folder of ``target`` is missing or cannot be written.
-    """
-    temporary = target.with_name(f".{target.name}.{uuid.uuid4().hex}.part")
-    try:
-        with temporary.open("xb") as output:
-            yield output
-        os.replace(temporary, target)
-    finally:
-        temporary.unlink(missing_ok=True)
 
 
 @contextmanager

@@ -16,8 +16,9 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
-from secateur.demo.cache import is_current, mark, no_room, replacing, writable
+from secateur.demo.cache import is_current, mark, no_room, writable
 from secateur.errors import UnavailableError
+from secateur.files import replacing
 from secateur.progress import Progress, silent
 
 PIP_TIMEOUT_SECONDS = 600.0

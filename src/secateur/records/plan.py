@@ -16,6 +16,32 @@ SCHEMA_VERSION = 1
 SHAPES = ("uniform", "uneven")
 
 
+def format_ranges(units: Sequence[int]) -> str:
+    """Return ascending indices in short, for example ``0-4 6 9-11``."""
+    runs: list[list[int]] = []
+    for unit in units:
+        if runs and unit == runs[-1][-1] + 1:
+            runs[-1].append(unit)
+        else:
+            runs.append([unit])
+    return " ".join(str(run[0]) if len(run) == 1 else f"{run[0]}-{run[-1]}" for run in runs)
+
+
+def parse_ranges(text: str) -> tuple[int, ...]:
+    """Return the indices that ``format_ranges`` wrote.
+
+    Raises:
+        PlanError: the text is not a list of indices and ranges.
+    """
+    units: list[int] = []
+    for part in str(text).split():
+        first, dash, last = part.partition("-")
+        if not first.isdecimal() or (dash and not last.isdecimal()):
+            raise PlanError(f"cannot read {part!r} in a plan's kept units; write for example 0-4 6 9-11.")
+        units.extend(range(int(first), int(last or first) + 1))
+    return tuple(units)
+
+
 @dataclass(frozen=True, slots=True)
 class LayerPlan:
     """What happens to one kind of unit in one layer.
@@ -108,7 +134,11 @@ class Plan:
 
     def to_dict(self) -> dict[str, Any]:
         """Return plain data for JSON."""
-        return asdict(self)
+        data = asdict(self)
+        for per_layer in data["layers"].values():
+            for layer in per_layer:
+                layer["keep"] = format_ranges(layer["keep"])
+        return data
 
     @classmethod
     def from_dict(cls, data: Mapping[str, Any]) -> Plan:
@@ -127,7 +157,7 @@ class Plan:
                 kind: tuple(
                     LayerPlan(
                         num_units=layer["num_units"],
-                        keep=tuple(layer["keep"]),
+                        keep=parse_ranges(layer["keep"]),
                         constants=tuple((int(c), float(v)) for c, v in layer["constants"]),
                         lowest_kept=layer["lowest_kept"],
                         highest_removed=layer["highest_removed"],

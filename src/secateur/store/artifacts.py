@@ -14,21 +14,16 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from platformdirs import user_cache_dir
 from safetensors import SafetensorError
-from safetensors.torch import load_file, save_file
+from safetensors.torch import load_file, save
 from torch import Tensor
 
 from secateur.errors import CheckpointError, ExportError
+from secateur.files import replacing
 from secateur.records.scores import Scores
 from secateur.records.statistics import BucketStatistics, Moments
 
 STATISTICS_VERSION = 1
-
-
-def cache_folder() -> Path:
-    """Return the user's cache folder for secateur (environment variable ``SECATEUR_CACHE`` wins)."""
-    return Path(os.environ.get("SECATEUR_CACHE") or user_cache_dir("secateur"))
 
 
 @contextmanager
@@ -55,7 +50,7 @@ def atomic_folder(target: Path) -> Iterator[Path]:
     work = Path(tempfile.mkdtemp(prefix=f".{target.name}-", dir=target.parent))
     try:
         yield work
-        work.chmod(0o755)
+        _open_up(work)
         old = target.with_name(f".{target.name}-old-{os.getpid()}")
         if target.exists():
             os.replace(target, old)
@@ -65,16 +60,19 @@ def atomic_folder(target: Path) -> Iterator[Path]:
         shutil.rmtree(work, ignore_errors=True)
 
 
+def _open_up(folder: Path) -> None:
+    """Give a private temporary folder the permissions that the user's umask gives ordinary ones."""
+    umask = os.umask(0)
+    os.umask(umask)
+    folder.chmod(0o777 & ~umask)
+    for file in folder.rglob("*"):
+        file.chmod((0o777 if file.is_dir() else 0o666) & ~umask)
+
+
 def write_text(path: Path, text: str) -> None:
     """Write a text file under a temporary name and rename it."""
-    with disk_errors(path):
-        path.parent.mkdir(parents=True, exist_ok=True)
-        temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
-        try:
-            temporary.write_text(text, encoding="utf-8")
-            os.replace(temporary, path)
-        finally:
-            temporary.unlink(missing_ok=True)
+    with disk_errors(path), replacing(path) as output:
+        output.write(text.encode())
 
 
 def write_json(path: Path, data: Mapping[str, Any]) -> None:
@@ -97,14 +95,8 @@ def read_json(path: Path) -> dict[str, Any]:
 
 def _write_tensors(path: Path, tensors: Mapping[str, Tensor], metadata: Mapping[str, Any]) -> None:
     """Write tensors, then the JSON beside them that says they are complete."""
-    with disk_errors(path):
-        path.parent.mkdir(parents=True, exist_ok=True)
-        temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
-        try:
-            save_file({name: tensor.contiguous() for name, tensor in tensors.items()}, temporary)
-            os.replace(temporary, path)
-        finally:
-            temporary.unlink(missing_ok=True)
+    with disk_errors(path), replacing(path) as output:
+        output.write(save({name: tensor.contiguous() for name, tensor in tensors.items()}))
     write_json(path.with_suffix(".json"), metadata)
 
 

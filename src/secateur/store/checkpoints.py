@@ -8,7 +8,6 @@ from __future__ import annotations
 import copy
 import hashlib
 import json
-import os
 import shutil
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
@@ -22,7 +21,8 @@ from torch import Tensor, nn
 from secateur.errors import CheckpointError, ExportError, UnavailableError
 from secateur.families.geometry import Geometry, build_geometry
 from secateur.families.loader import family_of
-from secateur.store.artifacts import atomic_folder, cache_folder, disk_errors, write_text
+from secateur.files import cache_folder
+from secateur.store.artifacts import atomic_folder, disk_errors, write_json, write_text
 from secateur.store.modeling import register_uneven_models
 
 _DTYPES = {
@@ -252,10 +252,7 @@ def fingerprint(checkpoint: Checkpoint) -> str:
         known.setdefault(key, _file_hash(file))
         digest.update(f"{file.name}:{known[key]};".encode())
     if known != memory:
-        memory_file.parent.mkdir(parents=True, exist_ok=True)
-        temporary = memory_file.with_suffix(f".{os.getpid()}.tmp")
-        temporary.write_text(json.dumps(known))
-        os.replace(temporary, memory_file)
+        write_json(memory_file, known)
     return digest.hexdigest()
 
 

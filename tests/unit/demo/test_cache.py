@@ -7,7 +7,7 @@ from pathlib import Path
 
 import pytest
 
-from secateur.demo.cache import cache_folder, is_current, mark, replacing, writable
+from secateur.demo.cache import is_current, mark, replacing, writable
 from secateur.errors import UnavailableError
 
 
