@@ -189,7 +189,7 @@ class _Job:
         if method.name == "reversed":
             _ = METHODS[self.recipe.prune.options.get("of", "contextual")]
         _ = self.pruning_buckets
-        for name, spec in self.recipe.buckets().items():
+        for spec in self.recipe.buckets().values():
             check_sources(spec)
         self._rehearse()
         self.folder.describe(
@@ -274,9 +274,7 @@ class _Job:
             first = merge_buckets(first, statistics)
         return first
 
-    def _score(
-        self, method: str, statistics: BucketStatistics, options: Mapping[str, Any], *, seed: int
-    ) -> Scores:
+    def _score(self, method: str, statistics: BucketStatistics, options: Mapping[str, Any], *, seed: int) -> Scores:
         return score_units(
             method,
             statistics,
@@ -339,7 +337,7 @@ class _Job:
                 sample=self._sample(pruned),
                 provenance={
                     "model": self.recipe.model,
-                    "statistics": {name: self.result.statistics[name].corpus_fingerprint for name in plan.calibrated_on},
+                    "calibration": {n: self.result.statistics[n].corpus_fingerprint for n in plan.calibrated_on},
                     "versions": versions(),
                 },
             )
@@ -389,7 +387,8 @@ class _Job:
 
     def _evaluation_key(self, name: str, plan: Plan) -> str:
         options = self.recipe.evaluate.model_dump(exclude={"controls", "batch_size"})
-        text = [self.model_fingerprint, self.source_keys, options, self.recipe.calibrate.model_dump(), self.recipe.dtype]
+        calibration = self.recipe.calibrate.model_dump(exclude={"batch_size"})
+        text = [self.model_fingerprint, self.source_keys, options, calibration, self.recipe.dtype]
         cut = [] if name == "dense" else [plan.to_dict(), self.recipe.prune.model_dump()]
         return digest(text, cut, sorted(self._calibrated_documents()))
 

@@ -116,7 +116,8 @@ class Budget(_Record):
         if len(given) != 1 and given != {"channels", "groups"}:
             got = ", ".join(sorted(given)) or "none"
             raise ValueError(
-                f"give exactly one of channels, groups, parameters, bytes, threshold (or channels with groups); got {got}"
+                "give exactly one of channels, groups, parameters, bytes, threshold (or channels with groups); "
+                f"got {got}"
             )
         return self
 
@@ -240,7 +241,8 @@ def parse_prune(data: Mapping[str, Any]) -> PruneSpec:
         return PruneSpec.model_validate(dict(data))
     except ValidationError as error:
         lines = [_explain({**item, "loc": ("prune", *item["loc"])}) for item in error.errors()]
-        raise ConfigError("these pruning options cannot be used:\n" + "\n".join(f"  {line}" for line in lines)) from None
+        listed = "\n".join(f"  {line}" for line in lines)
+        raise ConfigError(f"these pruning options cannot be used:\n{listed}") from None
 
 
 def parse_recipe(data: object, *, source: str = "recipe") -> Recipe:
@@ -254,7 +256,7 @@ def parse_recipe(data: object, *, source: str = "recipe") -> Recipe:
         ConfigError: a key is unknown, missing or has an impossible value; every such place is named.
     """
     if not isinstance(data, Mapping):
-        raise ConfigError(f"{source} must be a mapping of keys such as model, domain, prune; got {type(data).__name__}.")
+        raise ConfigError(f"{source} must be a mapping of keys (model, domain, prune ...); got {type(data).__name__}.")
     try:
         return Recipe.model_validate(dict(data))
     except ValidationError as error:
@@ -332,6 +334,16 @@ def _explain(item: Any) -> str:
     return f"{where}: {message[:1].lower()}{message[1:]}{shown}"
 
 
+_SECTIONS: dict[str, type[BaseModel]] = {
+    "general": CorpusSpec,
+    "calibrate": CalibrateSpec,
+    "prune": PruneSpec,
+    "budget": Budget,
+    "evaluate": EvaluateSpec,
+    "splits": SplitRatios,
+}
+
+
 def _known_keys(location: tuple[Any, ...]) -> list[str]:
     model: type[BaseModel] = Recipe
     if location[:1] == ("domain",):
@@ -339,14 +351,7 @@ def _known_keys(location: tuple[Any, ...]) -> list[str]:
     for part in location:
         if not isinstance(part, str) or part not in model.model_fields:
             continue
-        inner = {
-            "general": CorpusSpec,
-            "calibrate": CalibrateSpec,
-            "prune": PruneSpec,
-            "budget": Budget,
-            "evaluate": EvaluateSpec,
-            "splits": SplitRatios,
-        }.get(part)
+        inner = _SECTIONS.get(part)
         if inner is not None:
             model = inner
     return list(model.model_fields)

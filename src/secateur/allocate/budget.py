@@ -32,9 +32,7 @@ def cost_per_unit(geometry: Geometry, kind: str, shapes: Shapes) -> list[int]:
     return [sum(unit_cost(axis, shapes, layout).values()) for axis in geometry.axes[kind]]
 
 
-def parameters_after(
-    shapes: Shapes, geometry: Geometry, removed: Mapping[str, list[int]]
-) -> dict[str, int]:
+def parameters_after(shapes: Shapes, geometry: Geometry, removed: Mapping[str, list[int]]) -> dict[str, int]:
     """Return parameters by part after removing ``removed[kind][layer]`` units."""
     totals = parameters_by_part(shapes, geometry)
     for kind, counts in removed.items():

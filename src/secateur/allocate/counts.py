@@ -27,9 +27,7 @@ def keep_best(scores: Float64[Tensor, "units"], count: int) -> tuple[int, ...]:
     return tuple(sorted(order[:count].tolist()))
 
 
-def uniform_count(
-    ratio: float, num_units: int, *, multiple: int, kind: str, is_allowed: Callable[[int], bool]
-) -> int:
+def uniform_count(ratio: float, num_units: int, *, multiple: int, kind: str, is_allowed: Callable[[int], bool]) -> int:
     """Return how many units every layer keeps when ``ratio`` of them goes.
 
     Args:

@@ -13,7 +13,7 @@ from typing import Literal
 from jaxtyping import Float64
 from torch import Tensor
 
-from secateur.allocate.budget import Shapes, cost_per_unit, parameters_after, parameters_by_part
+from secateur.allocate.budget import Shapes, cost_per_unit, parameters_after
 from secateur.allocate.counts import (
     global_counts,
     keep_best,
@@ -22,7 +22,7 @@ from secateur.allocate.counts import (
     uniform_count,
 )
 from secateur.errors import PlanError
-from secateur.families.geometry import Geometry
+from secateur.families.geometry import Geometry, parameters_by_part
 from secateur.recipe import PruneSpec
 from secateur.records.plan import LayerPlan, Plan
 from secateur.records.scores import Scores
@@ -109,9 +109,7 @@ def make_plan(
         options=dict(scores.options),
         budget=dict(request.budget),
         layers={
-            kind: tuple(
-                _layer_plan(layer, kept) for layer, kept in zip(scores.values[kind], per_layer, strict=True)
-            )
+            kind: tuple(_layer_plan(layer, kept) for layer, kept in zip(scores.values[kind], per_layer, strict=True))
             for kind, per_layer in counts.items()
         },
         parameters_dense=parameters_by_part(shapes, geometry),
@@ -150,9 +148,7 @@ def _layer_plan(scores: Float64[Tensor, "_units"], count: int) -> LayerPlan:
 class _Counts:
     """Works out how many units of each kind stay in each layer."""
 
-    def __init__(
-        self, scores: Scores, geometry: Geometry, shapes: Shapes, request: Request, notes: list[str]
-    ) -> None:
+    def __init__(self, scores: Scores, geometry: Geometry, shapes: Shapes, request: Request, notes: list[str]) -> None:
         self.scores = scores
         self.geometry = geometry
         self.shapes = shapes

@@ -125,7 +125,8 @@ class _LineTask:
         now = time.perf_counter()
         if now >= self._next:
             self._next = now + _LOG_EVERY_S
-            click.echo(f"{self._label}: {describe_rate(self._done, self._total, self._unit, now - self._started)}", err=True)
+            state = describe_rate(self._done, self._total, self._unit, now - self._started)
+            click.echo(f"{self._label}: {state}", err=True)
 
 
 class _LineProgress:

@@ -25,4 +25,4 @@ def command(output: str, as_json: bool, quiet: bool) -> None:
     show_run(result, as_json=as_json)
     if not as_json:
         click.echo("\n" + "\n".join(inputs.attributions))
-        click.echo(f"\nnext: write a recipe for your own model and text; {result.folder / 'recipe.yml'} is one to start from.")
+        click.echo(f"\nnext: a recipe for your own model and text; start from {result.folder / 'recipe.yml'}")

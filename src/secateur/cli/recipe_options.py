@@ -47,8 +47,12 @@ def recipe_options(function: F) -> F:
             click.argument("recipe", type=click.Path(dir_okay=False)),
             click.option("--output", "-o", help="Run folder; wins over the recipe's."),
             click.option("--method", help="Scoring method; wins over prune.method."),
-            click.option("--budget", multiple=True, metavar="KEY=VALUE", help="For example channels=0.2; wins over prune.budget."),
-            click.option("--set", "settings", multiple=True, metavar="KEY=VALUE", help="Any recipe key, for example calibrate.max_tokens=32768."),
+            click.option(
+                "--budget", multiple=True, metavar="KEY=VALUE", help="Such as channels=0.2; wins over prune.budget."
+            ),
+            click.option(
+                "--set", "settings", multiple=True, metavar="KEY=VALUE", help="Any key, such as prune.seed=1."
+            ),
             click.option("--json", "as_json", is_flag=True, help="Print one JSON object instead of tables."),
             click.option("--quiet", "-q", is_flag=True, help="No progress."),
         ]

@@ -26,4 +26,5 @@ def command(**arguments: Any) -> None:
         return
     assert result.plan is not None
     print_table(parts_table(result.plan.parameters_dense, result.plan.parameters_pruned))
-    click.echo(f"model: {result.model_folder}  (reloaded from disk and compared)\nnext: secateur evaluate {options.recipe}")
+    click.echo(f"model: {result.model_folder}  (reloaded from disk and compared)")
+    click.echo(f"next: secateur evaluate {options.recipe}")

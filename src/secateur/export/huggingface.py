@@ -1,4 +1,4 @@
-"""A Hugging Face folder: model, tokenizer, generation configuration, plan and licence; reloaded before it gets its name.
+"""A Hugging Face folder: model, tokenizer, generation configuration, plan and licence; reloaded before it is named.
 
 Uniform plans load with stock transformers. Uneven plans load after ``import secateur``.
 """

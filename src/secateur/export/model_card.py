@@ -57,7 +57,12 @@ def render_model_card(
         kind: (sum(layer.num_removed for layer in layers), sum(layer.num_units for layer in layers))
         for kind, layers in plan.layers.items()
     }
-    cut = "\n".join(f"- {gone:,} of {total:,} `{kind}` units ({gone / total:.1%})" for kind, (gone, total) in removed.items())
+    cut = "\n".join(
+        f"- {gone:,} of {total:,} `{kind}` units ({gone / total:.1%})" for kind, (gone, total) in removed.items()
+    )
+    imports = (
+        ["import secateur  # registers the class for layers of different widths"] if plan.shape == "uneven" else []
+    )
     lines = [
         "---",
         yaml.safe_dump(metadata, sort_keys=False, allow_unicode=True).strip(),
@@ -85,7 +90,7 @@ def render_model_card(
         "## Use",
         "",
         "```python",
-        *(["import secateur  # registers the model class for layers of different widths"] if plan.shape == "uneven" else []),
+        *imports,
         "from transformers import AutoModelForCausalLM, AutoTokenizer",
         "",
         'model = AutoModelForCausalLM.from_pretrained("path/to/this/folder")',
@@ -94,8 +99,8 @@ def render_model_card(
         "",
         "## Limits",
         "",
-        "The model was cut for the text named above. On other text it has lost more; the general column, where there is "
-        "one, says how much. No recovery training was done.",
+        "The model was cut for the text named above. On other text it has lost more; the general column, where there "
+        "is one, says how much. No recovery training was done.",
         "",
         _licence_line(base_metadata),
         "",

@@ -154,7 +154,7 @@ def resolve_dimensions(family: Family, config: Mapping[str, Any]) -> dict[str, i
                 )
             sizes[name] = evaluate(expression, sizes)
         elif isinstance(raw, bool) or not isinstance(raw, int) or raw < 1:
-            raise FamilyError(f"the configuration has {dimension.config} = {raw!r}; it must be a positive whole number.")
+            raise FamilyError(f"the configuration has {dimension.config} = {raw!r}; it must be a whole number > 0.")
         else:
             sizes[name] = raw
     return sizes

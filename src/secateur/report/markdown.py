@@ -45,7 +45,9 @@ def render_report(
         f"{verdict(evaluation, domains)}\n\n"
         f"Method `{plan.method}`, budget {dict(plan.budget)}, shape `{plan.shape}`, calibrated on "
         f"{plan.calibration_tokens:,} tokens of {', '.join(plan.calibrated_on)}. All numbers are from documents that "
-        "were not calibrated on.\n\n" + (f"{notes}\n" if notes else "") + "\n".join(_section(table) for table in tables)
+        "were not calibrated on.\n\n"
+        + (f"{notes}\n" if notes else "")
+        + "\n".join(_section(table) for table in tables)
         + "\n## How this was made\n\n"
         f"Model fingerprint `{manifest['model_fingerprint']}`; {versions}.\n\n"
         f"```yaml\n{recipe_yaml}```\n"

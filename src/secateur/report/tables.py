@@ -122,7 +122,8 @@ def plan_table(plan: Plan) -> Table:
         row = [str(index)]
         for kind in kinds:
             layer = plan.layers[kind][index]
-            row += [f"{len(layer.keep):,}", f"{layer.num_units:,}", _score(layer.highest_removed), _score(layer.lowest_kept)]
+            row += [f"{len(layer.keep):,}", f"{layer.num_units:,}"]
+            row += [_score(layer.highest_removed), _score(layer.lowest_kept)]
         rows.append(row)
     return Table("plan", columns, rows)
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 import inspect
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any, Protocol, get_args, get_origin, get_type_hints, runtime_checkable
+from typing import Any, get_args, get_origin, get_type_hints
 
 from jaxtyping import Float, Float64
 from torch import Tensor
@@ -43,7 +43,7 @@ class Evidence:
 class ScoreFunction(Protocol):
     """One importance per unit, float64, higher = keep."""
 
-    def __call__(self, evidence: Evidence, /, **options: Any) -> Float64[Tensor, "units"]:
+    def __call__(self, evidence: Evidence, /, *_: Any, **options: Any) -> Float64[Tensor, "units"]:
         """Return the importance of each unit."""
 
 
@@ -79,7 +79,8 @@ class Method:
         Raises:
             ConfigError: unknown option or value; the known ones are listed.
         """
-        parameters = {p.name: p for p in inspect.signature(self.function).parameters.values() if p.kind is p.KEYWORD_ONLY}
+        signature = inspect.signature(self.function)
+        parameters = {p.name: p for p in signature.parameters.values() if p.kind is p.KEYWORD_ONLY}
         hints = get_type_hints(self.function)
         for key, value in options.items():
             if key not in parameters:

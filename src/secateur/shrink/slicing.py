@@ -14,9 +14,7 @@ from torch import Tensor
 from secateur.families.geometry import Segment
 
 
-def kept_rows(
-    segments: Sequence[tuple[Segment, int, Sequence[int]]], num_rows: int
-) -> Int64[Tensor, "rows"]:
+def kept_rows(segments: Sequence[tuple[Segment, int, Sequence[int]]], num_rows: int) -> Int64[Tensor, "rows"]:
     """Return the indices that stay along a dimension of ``num_rows``.
 
     Args:

@@ -24,6 +24,7 @@ from secateur.records.scores import Scores
 from secateur.records.statistics import BucketStatistics, Moments
 
 STATISTICS_VERSION = 1
+_DISK_FULL = "the disk is full: {} could not be written. Free space, or choose another output."
 
 
 @contextmanager
@@ -33,13 +34,13 @@ def disk_errors(target: Path) -> Iterator[None]:
         yield
     except OSError as error:
         if error.errno in (errno.ENOSPC, errno.EDQUOT):
-            raise ExportError(f"the disk is full: {target} could not be written. Free space, or choose another output.")
+            raise ExportError(_DISK_FULL.format(target)) from None
         if error.errno in (errno.EACCES, errno.EPERM, errno.EROFS, errno.ENOTDIR):
             raise ExportError(f"{target} cannot be written ({error.strerror}). Choose another output.") from None
         raise
     except SafetensorError as error:
         if "No space left" in str(error) or "os error 28" in str(error):
-            raise ExportError(f"the disk is full: {target} could not be written. Free space, or choose another output.")
+            raise ExportError(_DISK_FULL.format(target)) from None
         raise
 
 

@@ -93,7 +93,7 @@ def _describe(spec: str, folder: Path, trust_remote_code: bool) -> Checkpoint:
 
     raw = _read_config(folder)
     family = family_of(str(raw.get("model_type")))
-    if raw.get("auto_map") and raw.get("model_type") not in _registered_types() and not trust_remote_code:
+    if raw.get("auto_map") and str(raw.get("model_type")) not in _registered_types() and not trust_remote_code:
         raise CheckpointError(f"model {spec} needs its own Python code. If you trust it, set trust_remote_code: true.")
     _refuse_pickles(spec, folder)
     config = AutoConfig.from_pretrained(folder, trust_remote_code=trust_remote_code)

@@ -7,7 +7,8 @@ from pathlib import Path
 
 import pytest
 
-from secateur.demo.cache import is_current, mark, replacing, writable
+from secateur.demo.cache import is_current, mark, writable
+from secateur.files import cache_folder, replacing
 from secateur.errors import UnavailableError
 
 
