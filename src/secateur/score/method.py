@@ -39,12 +39,8 @@ class Evidence:
     seed: int
 
 
-@runtime_checkable
-class ScoreFunction(Protocol):
-    """One importance per unit, float64, higher = keep."""
-
-    def __call__(self, evidence: Evidence, /, *_: Any, **options: Any) -> Float64[Tensor, "units"]:
-        """Return the importance of each unit."""
+ScoreFunction = Callable[..., Tensor]
+"""(evidence, keyword-only options) -> one float64 importance per unit, higher = keep."""
 
 
 @dataclass(frozen=True, slots=True)

@@ -8,8 +8,8 @@ from pathlib import Path
 import pytest
 
 from secateur.demo.cache import is_current, mark, writable
-from secateur.files import cache_folder, replacing
 from secateur.errors import UnavailableError
+from secateur.files import cache_folder, replacing
 
 
 def test_the_environment_variable_names_the_folder(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:

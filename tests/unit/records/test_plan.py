@@ -1,0 +1,147 @@
+"""Plans: records that refuse what cannot be applied and survive JSON."""
+
+from __future__ import annotations
+
+import json
+from dataclasses import replace
+from typing import Any
+
+import pytest
+
+from secateur.errors import PlanError
+from secateur.records.plan import LayerPlan, Plan
+
+
+def plan(**changes: Any) -> Plan:
+    """Return a small uneven plan with some fields changed."""
+    fields: dict[str, Any] = {
+        "family": "llama",
+        "model_fingerprint": "abc",
+        "shape": "uneven",
+        "method": "contextual",
+        "options": {"at": "activation"},
+        "budget": {"channels": 0.25},
+        "layers": {
+            "ffn_channel": (
+                LayerPlan(4, (0, 2, 3), ((1, 0.25),), lowest_kept=0.5, highest_removed=0.25),
+                LayerPlan(4, (1, 2)),
+            )
+        },
+        "parameters_dense": {"ffn": 100, "embedding": 10},
+        "parameters_pruned": {"ffn": 70, "embedding": 10},
+        "calibrated_on": ("medical", "law"),
+        "calibration_tokens": 1234,
+        "notes": ("rounded",),
+    }
+    return Plan(**{**fields, **changes})
+
+
+def as_json(**changes: Any) -> dict[str, Any]:
+    """Return the plan as a JSON file would give it back, with some keys changed."""
+    data: dict[str, Any] = json.loads(json.dumps(plan().to_dict()))
+    return {**data, **changes}
+
+
+def with_first_layer(**changes: Any) -> dict[str, Any]:
+    """Return the plan as JSON data with some keys of the first layer changed."""
+    data = as_json()
+    data["layers"]["ffn_channel"][0].update(changes)
+    return data
+
+
+def test_a_plan_survives_plain_data_and_json() -> None:
+    """What was written is what is read, tuples and all."""
+    assert Plan.from_dict(plan().to_dict()) == plan()
+    assert Plan.from_dict(as_json()) == plan()
+
+
+def test_totals_and_removals_are_counted() -> None:
+    """Derived numbers follow from the record."""
+    assert (plan().total_dense, plan().total_pruned) == (110, 80)
+    assert [layer.num_removed for layer in plan().layers["ffn_channel"]] == [1, 2]
+
+
+@pytest.mark.parametrize(
+    ("keep", "words"),
+    [
+        ((), "plan keeps 0 of 4 units in a layer; at least one must stay"),
+        ((0, 0), "kept units must be ascending, without repeats, between 0 and 3; got 2 from 0 to 0"),
+        ((2, 1), "ascending"),
+        ((-1, 2), "got 2 from -1 to 2"),
+        ((1, 4), "got 2 from 1 to 4"),
+    ],
+)
+def test_impossible_choices_are_refused(keep: tuple[int, ...], words: str) -> None:
+    """Kept units are ascending, distinct, in range, and at least one."""
+    with pytest.raises(PlanError, match=words):
+        LayerPlan(4, keep)
+
+
+def test_a_layer_may_keep_everything() -> None:
+    """Keeping all units of a layer is a plan."""
+    assert LayerPlan(2, (0, 1)).num_removed == 0
+
+
+def test_unknown_unit_kinds_and_shapes_are_refused() -> None:
+    """The known ones are listed."""
+    with pytest.raises(PlanError, match=r"unknown unit kinds \['neuron'\]; known: ffn_channel, gqa_group"):
+        plan(layers={"neuron": (LayerPlan(2, (0,)),)})
+    with pytest.raises(PlanError, match="shape 'ragged'; known: uniform, uneven"):
+        plan(shape="ragged")
+
+
+def test_uniform_means_the_same_number_everywhere() -> None:
+    """Uneven widths contradict shape uniform; different units of the same number do not."""
+    with pytest.raises(PlanError, match="keeps between 2 and 3 ffn_channels per layer; set shape to uneven"):
+        plan(shape="uniform")
+    assert plan(shape="uniform", layers={"ffn_channel": (LayerPlan(4, (0, 1)), LayerPlan(4, (2, 3)))})
+
+
+@pytest.mark.parametrize("version", [None, 0, 2, "1"])
+def test_another_schema_version_is_refused(version: object) -> None:
+    """A plan of another time is not guessed at; the message says what to do."""
+    with pytest.raises(PlanError, match=r"schema version .*; this secateur reads 1.*secateur plan"):
+        Plan.from_dict(as_json(schema_version=version))
+
+
+@pytest.mark.parametrize("key", ["family", "layers", "shape", "notes", "calibrated_on", "method"])
+def test_a_missing_key_is_refused(key: str) -> None:
+    """A file that lost a key is not a plan."""
+    data = as_json()
+    del data[key]
+    with pytest.raises(PlanError, match=rf"not a plan that secateur wrote: .*{key}"):
+        Plan.from_dict(data)
+
+
+@pytest.mark.parametrize(
+    "data",
+    [
+        as_json(surprise=1),
+        as_json(layers={"ffn_channel": [{"keep": [0]}]}),
+        as_json(layers={"ffn_channel": 3}),
+        with_first_layer(keep=None),
+        with_first_layer(keep=[0.5, 1.5]),
+        with_first_layer(keep=["0", "1"]),
+        with_first_layer(constants=[[1]]),
+        with_first_layer(constants=[["a", 1.0]]),
+    ],
+    ids=["unknown key", "short layer", "no layers", "null", "fractions", "strings", "half a pair", "no channel"],
+)
+def test_a_plan_edited_into_nonsense_is_refused(data: dict[str, Any]) -> None:
+    """Wrong types never get as far as the weights."""
+    with pytest.raises(PlanError, match="not a plan that secateur wrote"):
+        Plan.from_dict(data)
+
+
+def test_an_edit_that_contradicts_itself_says_how() -> None:
+    """The record's own message is not swallowed."""
+    with pytest.raises(PlanError, match="plan keeps 0 of 4"):
+        Plan.from_dict(with_first_layer(keep=[]))
+    with pytest.raises(PlanError, match="set shape to uneven"):
+        Plan.from_dict(as_json(shape="uniform"))
+
+
+def test_an_edit_by_hand_is_applied() -> None:
+    """A person may choose other units in the file."""
+    edited = Plan.from_dict(with_first_layer(keep=[0, 1], constants=[]))
+    assert edited.layers["ffn_channel"][0] == replace(plan().layers["ffn_channel"][0], keep=(0, 1), constants=())
