@@ -36,7 +36,7 @@ def parse_ranges(text: str) -> tuple[int, ...]:
     units: list[int] = []
     for part in str(text).split():
         first, dash, last = part.partition("-")
-        if not first.isdecimal() or (dash and not last.isdecimal()):
+        if not first.isdecimal() or (dash and not last.isdecimal()) or int(last or first) < int(first):
             raise PlanError(f"cannot read {part!r} in a plan's kept units; write for example 0-4 6 9-11.")
         units.extend(range(int(first), int(last or first) + 1))
     return tuple(units)

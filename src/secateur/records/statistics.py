@@ -86,7 +86,8 @@ def merge_buckets(first: BucketStatistics, second: BucketStatistics) -> BucketSt
     """Return the statistics of both shards together; they must come from the same model and taps."""
     if first.moments.keys() != second.moments.keys() or first.linear_abs.keys() != second.linear_abs.keys():
         raise ValueError("statistics with different taps cannot be merged")
-    seconds = sum(b.num_tokens / b.tokens_per_s for b in (first, second) if b.tokens_per_s)
+    timed = [bucket for bucket in (first, second) if bucket.tokens_per_s]
+    seconds = sum(bucket.num_tokens / bucket.tokens_per_s for bucket in timed)
     num_tokens = first.num_tokens + second.num_tokens
     return BucketStatistics(
         num_tokens=num_tokens,
@@ -96,6 +97,6 @@ def merge_buckets(first: BucketStatistics, second: BucketStatistics) -> BucketSt
         linear_abs={key: value + second.linear_abs[key] for key, value in first.linear_abs.items()},
         cosine_sum=first.cosine_sum + second.cosine_sum,
         documents=torch.unique(torch.cat([first.documents, second.documents])),
-        corpus_fingerprint="+".join(sorted({first.corpus_fingerprint, second.corpus_fingerprint})),
-        tokens_per_s=num_tokens / seconds if seconds else 0.0,
+        corpus_fingerprint="+".join(sorted({part for bucket in (first, second) for part in bucket.corpus_fingerprint.split("+")})),
+        tokens_per_s=sum(bucket.num_tokens for bucket in timed) / seconds if seconds else 0.0,
     )

@@ -9,7 +9,7 @@ from typing import Any
 import pytest
 
 from secateur.errors import PlanError
-from secateur.records.plan import LayerPlan, Plan
+from secateur.records.plan import LayerPlan, Plan, format_ranges, parse_ranges
 
 
 def plan(**changes: Any) -> Plan:
@@ -53,6 +53,28 @@ def test_a_plan_survives_plain_data_and_json() -> None:
     """What was written is what is read, tuples and all."""
     assert Plan.from_dict(plan().to_dict()) == plan()
     assert Plan.from_dict(as_json()) == plan()
+
+
+@pytest.mark.parametrize(
+    ("units", "text"),
+    [((), ""), ((3,), "3"), ((0, 1), "0-1"), ((0, 1, 2, 3, 4, 6, 9, 10, 11), "0-4 6 9-11"), ((8, 10, 12), "8 10 12")],
+)
+def test_kept_units_are_written_as_ranges(units: tuple[int, ...], text: str) -> None:
+    """A diff of two plans is readable, and what is written is what is read."""
+    assert format_ranges(units) == text
+    assert parse_ranges(text) == units
+
+
+def test_spacing_and_single_steps_do_not_matter() -> None:
+    """A person may write ranges as they like."""
+    assert parse_ranges("  0-2   3 4-4\n") == (0, 1, 2, 3, 4)
+
+
+@pytest.mark.parametrize("text", ["a", "1-", "-1", "1,2", "1-2-3", "1.5", "0x1", "[0,", "4-2"])
+def test_other_notations_are_refused_with_an_example(text: str) -> None:
+    """What cannot be read is quoted; a backward range is a slip, not nothing."""
+    with pytest.raises(PlanError, match=r"cannot read '.*' in a plan's kept units; write for example 0-4 6 9-11"):
+        parse_ranges(text)
 
 
 def test_totals_and_removals_are_counted() -> None:
@@ -117,31 +139,31 @@ def test_a_missing_key_is_refused(key: str) -> None:
     "data",
     [
         as_json(surprise=1),
-        as_json(layers={"ffn_channel": [{"keep": [0]}]}),
+        as_json(layers={"ffn_channel": [{"keep": "0"}]}),
         as_json(layers={"ffn_channel": 3}),
+        with_first_layer(num_units="4"),
         with_first_layer(keep=None),
-        with_first_layer(keep=[0.5, 1.5]),
-        with_first_layer(keep=["0", "1"]),
+        with_first_layer(keep=[0, 1]),
         with_first_layer(constants=[[1]]),
         with_first_layer(constants=[["a", 1.0]]),
     ],
-    ids=["unknown key", "short layer", "no layers", "null", "fractions", "strings", "half a pair", "no channel"],
+    ids=["unknown key", "short layer", "no layers", "a string", "null", "a list", "half a pair", "no channel"],
 )
 def test_a_plan_edited_into_nonsense_is_refused(data: dict[str, Any]) -> None:
     """Wrong types never get as far as the weights."""
-    with pytest.raises(PlanError, match="not a plan that secateur wrote"):
+    with pytest.raises(PlanError, match="not a plan that secateur wrote|cannot read"):
         Plan.from_dict(data)
 
 
 def test_an_edit_that_contradicts_itself_says_how() -> None:
     """The record's own message is not swallowed."""
     with pytest.raises(PlanError, match="plan keeps 0 of 4"):
-        Plan.from_dict(with_first_layer(keep=[]))
+        Plan.from_dict(with_first_layer(keep=""))
     with pytest.raises(PlanError, match="set shape to uneven"):
         Plan.from_dict(as_json(shape="uniform"))
 
 
 def test_an_edit_by_hand_is_applied() -> None:
     """A person may choose other units in the file."""
-    edited = Plan.from_dict(with_first_layer(keep=[0, 1], constants=[]))
+    edited = Plan.from_dict(with_first_layer(keep="0-1", constants=[]))
     assert edited.layers["ffn_channel"][0] == replace(plan().layers["ffn_channel"][0], keep=(0, 1), constants=())

@@ -1,0 +1,54 @@
+# Two commands do everything on a fresh machine: `make demo` and `make test`. Each makes the environment it needs.
+PYTHON ?= python3
+VENV := .venv
+BIN := $(VENV)/bin
+INSTALLED := $(VENV)/.installed
+
+.PHONY: help setup demo test check unit test-all fmt golden docs bench clean
+
+help:
+	@echo "make demo   the main job on a real small model and real text (about 5 minutes)"
+	@echo "make test   linters, types, import rules and all tests"
+	@echo "make bench  slow measurements; rewrites the tables of BENCHMARKS.md"
+	@echo "make fmt | docs | golden | test-all | clean"
+
+$(INSTALLED): pyproject.toml constraints.txt
+	$(PYTHON) -m venv $(VENV)
+	$(BIN)/python -m pip install --quiet --disable-pip-version-check -c constraints.txt -e ".[dev]"
+	@touch $@
+
+setup: $(INSTALLED)
+
+demo: $(INSTALLED)
+	$(BIN)/secateur demo
+
+check: $(INSTALLED)
+	$(BIN)/ruff check .
+	$(BIN)/ruff format --check .
+	$(BIN)/mypy
+	PATH="$(CURDIR)/$(BIN):$$PATH" $(BIN)/lint-imports --no-cache --no-logo
+	$(BIN)/python docs/generate.py --check
+
+unit: $(INSTALLED)
+	$(BIN)/python -m pytest -q
+
+test: check unit
+
+test-all: check
+	$(BIN)/python -m pytest -q -m ""
+
+fmt: $(INSTALLED)
+	$(BIN)/ruff check --fix .
+	$(BIN)/ruff format .
+
+golden: $(INSTALLED)
+	$(BIN)/python tests/golden/make.py
+
+docs: $(INSTALLED)
+	$(BIN)/python docs/generate.py
+
+bench: $(INSTALLED)
+	$(BIN)/python benchmarks/run.py
+
+clean:
+	rm -rf $(VENV) runs build dist .pytest_cache .mypy_cache .ruff_cache .hypothesis .import_linter_cache
