@@ -23,8 +23,8 @@ from secateur.recipe import Recipe, parse_recipe
 from secateur.store.checkpoints import load_model, load_tokenizer, resolve_model
 from secateur.stream.forward import run_backbone, run_logits
 
-ROUNDS = 7
-TOKENS = 8192
+ROUNDS = 5
+TOKENS = 4096
 
 
 def _recipe(output: Path, **changes: Any) -> Recipe:

@@ -113,7 +113,7 @@ def plan(
     model: Any,
     statistics: Statistics,
     *,
-    budget: Mapping[str, float | str] | None = None,
+    budget: Mapping[str, int | float | str] | None = None,
     method: str = "contextual",
     buckets: Sequence[str] | None = None,
     **options: Any,

@@ -11,7 +11,7 @@ import importlib.metadata
 import platform
 import time
 from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from functools import cached_property
 from pathlib import Path
 from typing import Any, Literal
@@ -19,6 +19,7 @@ from typing import Any, Literal
 import torch
 
 from secateur.allocate import Request, make_plan, same_size_plan, with_constants
+from secateur.allocate.budget import parameters_after
 from secateur.calibrate import collect
 from secateur.corpus import PackedBlocks, check_sources, load_split, source_signature
 from secateur.errors import ConfigError
@@ -49,6 +50,7 @@ from secateur.store.artifacts import (
 )
 from secateur.store.checkpoints import (
     build_model,
+    choose_device,
     fingerprint,
     load_model,
     load_tokenizer,
@@ -111,8 +113,10 @@ def run(recipe: Recipe, *, until: Stage = "evaluate", progress: Progress = silen
     Raises:
         SecateurError: anything a user can mend; raised before the expensive work wherever that is possible.
     """
+    if until not in STAGES:
+        raise ConfigError(unknown_name("stage", until, STAGES))
     job = _Job(recipe, progress)
-    job.check()
+    job.check(until)
     job.calibrate()
     if until != "calibrate":
         job.plan()
@@ -131,6 +135,7 @@ class _Job:
         self.progress = progress
         self.folder = RunFolder.open(Path(recipe.output).expanduser())
         self.result = RunResult(self.folder.path)
+        self._read: dict[str, PackedBlocks] = {}
 
     # -- what is asked, resolved ---------------------------------------------------------------------------------
 
@@ -182,8 +187,8 @@ class _Job:
     def source_keys(self) -> dict[str, str]:
         return {name: digest(source_signature(spec), spec.model_dump()) for name, spec in self.recipe.buckets().items()}
 
-    def check(self) -> None:
-        """Resolve every name and refuse what cannot work, before weights are read or text is run."""
+    def check(self, until: Stage) -> None:
+        """Resolve every name and refuse what cannot work, before weights are read, text is run or files are written."""
         method = METHODS[self.recipe.prune.method]
         method.check_options(self.recipe.prune.options)
         if method.name == "reversed":
@@ -191,7 +196,9 @@ class _Job:
         _ = self.pruning_buckets
         for spec in self.recipe.buckets().values():
             check_sources(spec)
+        choose_device(self.recipe.device)
         self._rehearse()
+        self._read_new_text(until)
         self.folder.describe(
             versions=versions(),
             model=self.recipe.model,
@@ -211,6 +218,14 @@ class _Job:
         }
         make_plan(Scores("rehearsal", {}, (), values), geometry, self.checkpoint.shapes, self.request)
 
+    def _read_new_text(self, until: Stage) -> None:
+        """Read the text that is still to be calibrated on, and the test text, so that too little is said now."""
+        for name in self.calibration_buckets:
+            if not self._is_calibrated(name):
+                _ = self._calibration_blocks(name)
+        if until == "evaluate" and not self._is_evaluated("dense", None):
+            _ = self.test_blocks
+
     # -- stages --------------------------------------------------------------------------------------------------
 
     def calibrate(self) -> None:
@@ -218,15 +233,13 @@ class _Job:
         self.result.statistics = statistics
 
     def _calibrate_bucket(self, name: str) -> BucketStatistics:
-        stage, file = f"calibrate:{name}", self.folder.path / "statistics" / f"{name}.safetensors"
-        options = self.recipe.calibrate.model_dump(exclude={"buckets", "batch_size"})
-        key = digest(self.model_fingerprint, self.source_keys[name], options, self.recipe.dtype)
-        if self.folder.is_done(stage, key, file, file.with_suffix(".json")):
+        stage, file = f"calibrate:{name}", self._statistics_file(name)
+        if self._is_calibrated(name):
             self.result.reused.append(stage)
             return read_statistics(file)[0]
         self.folder.forget(stage)
         started = time.perf_counter()
-        blocks = self._blocks(name, "calibration")
+        blocks = self._calibration_blocks(name)
         statistics = collect(
             self.dense,
             blocks,
@@ -246,8 +259,25 @@ class _Job:
                 "text": blocks.describe(),
             },
         )
-        self.folder.finish(stage, key, started, tokens=statistics.num_tokens)
+        self.folder.finish(stage, self._calibration_key(name), started, tokens=statistics.num_tokens)
         return statistics
+
+    def _statistics_file(self, name: str) -> Path:
+        return self.folder.path / "statistics" / f"{name}.safetensors"
+
+    def _calibration_key(self, name: str) -> str:
+        options = self.recipe.calibrate.model_dump(exclude={"buckets", "batch_size"})
+        return digest(self.model_fingerprint, self.source_keys[name], options, self.recipe.dtype)
+
+    def _is_calibrated(self, name: str) -> bool:
+        file = self._statistics_file(name)
+        key = self._calibration_key(name)
+        return self.folder.is_done(f"calibrate:{name}", key, file, file.with_suffix(".json"))
+
+    def _calibration_blocks(self, name: str) -> PackedBlocks:
+        if name not in self._read:
+            self._read[name] = self._blocks(name, "calibration")
+        return self._read[name]
 
     def _blocks(self, name: str, split: Literal["calibration", "test"]) -> PackedBlocks:
         exclude = self._calibrated_documents() if split == "test" else frozenset()
@@ -266,7 +296,16 @@ class _Job:
         return blocks
 
     def _calibrated_documents(self) -> frozenset[int]:
-        return frozenset(h for bucket in self.result.statistics.values() for h in bucket.documents.tolist())
+        """Return the hashes of every document that is, or in this run will be, calibrated on."""
+        seen: set[int] = set()
+        for name in self.calibration_buckets:
+            if name in self.result.statistics:
+                seen.update(self.result.statistics[name].documents.tolist())
+            elif self._is_calibrated(name):
+                seen.update(read_statistics(self._statistics_file(name))[0].documents.tolist())
+            else:
+                seen.update(self._calibration_blocks(name).documents.tolist())
+        return frozenset(seen)
 
     def _merged(self) -> BucketStatistics:
         first, *rest = (self.result.statistics[name] for name in self.pruning_buckets)
@@ -287,34 +326,47 @@ class _Job:
             inputs_fingerprint=self.model_fingerprint,
         )
 
-    def _plan(self, method: str, options: Mapping[str, Any]) -> tuple[Scores, Plan]:
-        merged = self._merged()
-        scores = self._score(method, merged, options, seed=self.recipe.prune.seed)
+    def plan(self) -> None:
+        file, merged = self.folder.path / "plan.json", self._merged()
+        scores_file = self.folder.path / "scores" / f"{self.recipe.prune.method}.safetensors"
+        prune = self.recipe.prune.model_dump()
+        key = digest(self.model_fingerprint, statistics_digest(merged), prune, self.checkpoint.dtype.itemsize)
+        if self.folder.is_done("plan", key, file):
+            self.result.reused.append("plan")
+            self.result.plan = self._read_plan(file, merged)
+            if not (scores_file.exists() and scores_file.with_suffix(".json").exists()):
+                self._write_scores(scores_file, merged)
+            return
+        started = time.perf_counter()
+        self.folder.forget("plan")
         plan = make_plan(
-            scores,
+            self._write_scores(scores_file, merged),
             self.checkpoint.geometry,
             self.checkpoint.shapes,
             self.request,
             model_fingerprint=self.model_fingerprint,
             calibration_tokens=merged.num_tokens,
         )
-        return scores, with_constants(plan, self.checkpoint.geometry, merged.moments, self.checkpoint.shapes)
-
-    def plan(self) -> None:
-        file = self.folder.path / "plan.json"
-        merged = statistics_digest(self._merged())
-        key = digest(self.model_fingerprint, merged, self.recipe.prune.model_dump(), self.checkpoint.dtype.itemsize)
-        if self.folder.is_done("plan", key, file):
-            self.result.reused.append("plan")
-            self.result.plan = Plan.from_dict(read_json(file))
-            check_plan(self.result.plan, self.checkpoint.geometry)
-            return
-        started = time.perf_counter()
-        scores, plan = self._plan(self.recipe.prune.method, self.recipe.prune.options)
-        write_scores(self.folder.path / "scores" / f"{scores.method}.safetensors", scores)
-        write_json(file, plan.to_dict())
+        self.result.plan = self._with_constants(plan, merged)
+        write_json(file, self.result.plan.to_dict())
         self.folder.finish("plan", key, started)
-        self.result.plan = plan
+
+    def _write_scores(self, file: Path, statistics: BucketStatistics) -> Scores:
+        prune = self.recipe.prune
+        scores = self._score(prune.method, statistics, prune.options, seed=prune.seed)
+        write_scores(file, scores)
+        return scores
+
+    def _read_plan(self, file: Path, statistics: BucketStatistics) -> Plan:
+        """Return the plan on disk; a person may have edited its kept units, so what follows from them is redone."""
+        plan, geometry = Plan.from_dict(read_json(file)), self.checkpoint.geometry
+        check_plan(plan, geometry)
+        removed = {kind: [layer.num_removed for layer in layers] for kind, layers in plan.layers.items()}
+        left = parameters_after(self.checkpoint.shapes, geometry, removed)
+        return self._with_constants(replace(plan, parameters_pruned=left), statistics)
+
+    def _with_constants(self, plan: Plan, statistics: BucketStatistics) -> Plan:
+        return with_constants(plan, self.checkpoint.geometry, statistics.moments, self.checkpoint.shapes)
 
     def shrink(self) -> None:
         plan = self._required_plan()
@@ -326,7 +378,7 @@ class _Job:
             return
         started = time.perf_counter()
         self.folder.forget("shrink")
-        pruned = self._pruned(plan).to(self.checkpoint.dtype)
+        pruned = self._pruned(plan, self.checkpoint.dtype)
         with self.progress("save and reload", None, "") as task:
             difference = export_huggingface(
                 pruned,
@@ -342,21 +394,26 @@ class _Job:
                 },
             )
             task.advance(1)
-        self.folder.finish("shrink", key, started, reload_difference=difference)
+        files = [str(file.relative_to(self.folder.path)) for file in sorted(folder.iterdir())]
+        self.folder.finish("shrink", key, started, reload_difference=difference, files=files)
         self._write_card(())
 
     def _required_plan(self) -> Plan:
         assert self.result.plan is not None, "plan() comes first"
         return self.result.plan
 
-    def _pruned(self, plan: Plan) -> Any:
+    def _pruned(self, plan: Plan, dtype: torch.dtype | None = None) -> Any:
+        """Return the pruned model; only parameters take ``dtype``, rotary tables stay as precise as they were."""
         geometry = self.checkpoint.geometry
         config = shrink_config(self.checkpoint.config, plan, geometry)
-        return build_model(config, shrink_parameters(self.dense.state_dict().items(), plan, geometry), self.dense)
+        parameters = shrink_parameters(self.dense.state_dict().items(), plan, geometry)
+        return build_model(
+            config, ((name, tensor.to(dtype or tensor.dtype)) for name, tensor in parameters), self.dense
+        )
 
     def _sample(self, model: Any) -> dict[str, Any]:
-        blocks = self._blocks(self.pruning_buckets[0], "calibration")
-        return model_inputs(next(iter(blocks.batches(1))), self.checkpoint.geometry.family, model)
+        batch = next(iter(self._calibration_blocks(self.pruning_buckets[0]).batches(1)))
+        return model_inputs(batch, self.checkpoint.geometry.family, model)
 
     # -- evaluation ----------------------------------------------------------------------------------------------
 
@@ -365,31 +422,38 @@ class _Job:
         return {name: self._blocks(name, "test") for name in self.recipe.buckets()}
 
     def evaluate(self) -> None:
-        plan = self._required_plan()
-        file = self.folder.path / "evaluation.json"
+        plan, file = self._required_plan(), self._evaluation_file
         earlier = Evaluation.from_dict(read_json(file)).models if file.is_file() else {}
         rows: dict[str, ModelScore] = {}
         for name in ["dense", "pruned", *self.recipe.evaluate.controls]:
-            key = self._evaluation_key(name, plan)
-            if name in earlier and self.folder.is_done(f"evaluate:{name}", key, file):
+            if name in earlier and self._is_evaluated(name, plan):
                 self.result.reused.append(f"evaluate:{name}")
                 rows[name] = earlier[name]
             else:
                 started = time.perf_counter()
+                self.folder.forget(f"evaluate:{name}")
                 rows[name] = self._evaluate_model(name, plan)
                 write_json(file, Evaluation({**earlier, **rows}, self.recipe.prune.seed).to_dict())
-                self.folder.finish(f"evaluate:{name}", key, started)
+                self.folder.finish(f"evaluate:{name}", self._evaluation_key(name, plan), started)
         evaluation = Evaluation(rows, self.recipe.prune.seed)
         write_json(file, evaluation.to_dict())
         self.result.evaluation = evaluation
         self.result.summary = verdict(evaluation, list(self.recipe.domain))
         self._write_reports(plan, evaluation)
 
-    def _evaluation_key(self, name: str, plan: Plan) -> str:
+    @property
+    def _evaluation_file(self) -> Path:
+        return self.folder.path / "evaluation.json"
+
+    def _is_evaluated(self, name: str, plan: Plan | None) -> bool:
+        return self.folder.is_done(f"evaluate:{name}", self._evaluation_key(name, plan), self._evaluation_file)
+
+    def _evaluation_key(self, name: str, plan: Plan | None) -> str:
+        """Return the key of a row; the dense model's does not depend on the plan."""
         options = self.recipe.evaluate.model_dump(exclude={"controls", "batch_size"})
         calibration = self.recipe.calibrate.model_dump(exclude={"batch_size"})
         text = [self.model_fingerprint, self.source_keys, options, calibration, self.recipe.dtype]
-        cut = [] if name == "dense" else [plan.to_dict(), self.recipe.prune.model_dump()]
+        cut = [] if name == "dense" or plan is None else [plan.to_dict(), self.recipe.prune.model_dump()]
         return digest(text, cut, sorted(self._calibrated_documents()))
 
     def _evaluate_model(self, name: str, plan: Plan) -> ModelScore:
@@ -407,8 +471,9 @@ class _Job:
 
     def _control_plan(self, method: str, options: Mapping[str, Any], plan: Plan) -> Plan:
         """Keep as many units per layer as the plan does, but others."""
-        scores = self._score(method, self._merged(), options, seed=self.recipe.prune.seed)
-        return same_size_plan(plan, scores)
+        merged = self._merged()
+        scores = self._score(method, merged, options, seed=self.recipe.prune.seed)
+        return self._with_constants(same_size_plan(plan, scores), merged)
 
     def _measure(self, name: str, model: Any, size_bytes: int) -> ModelScore:
         text: dict[str, TextScore] = {}

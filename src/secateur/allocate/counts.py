@@ -15,7 +15,12 @@ from torch import Tensor
 from secateur.errors import PlanError
 
 
-def round_to_multiple(count: float, multiple: int, *, limit: int) -> int:
+def floor_count(num_units: int, min_keep_ratio: float) -> int:
+    """Return the fewest units that a layer may keep: its share rounded up, at least one."""
+    return max(1, math.ceil(num_units * min_keep_ratio - 1e-9))
+
+
+def round_to_multiple(count: int, multiple: int, *, limit: int) -> int:
     """Return the multiple of ``multiple`` nearest to ``count``, at least one multiple, at most ``limit``."""
     nearest = int(count / multiple + 0.5) * multiple
     return min(limit, max(min(multiple, limit), nearest))
@@ -41,14 +46,13 @@ def uniform_count(ratio: float, num_units: int, *, multiple: int, kind: str, is_
         PlanError: rounds to no removal, removes everything, or gives a count the configuration refuses.
     """
     kept = int(num_units * (1 - ratio) / multiple + 0.5) * multiple
-    feasible = [n for n in range(num_units - 1, 0, -1) if (n % multiple == 0 or multiple > n) and is_allowed(n)]
-    if kept >= num_units:
+    feasible = [n for n in range(num_units - 1, 0, -1) if n % multiple == 0 and is_allowed(n)]
+    if kept >= num_units or kept < 1:
+        problem = "leaves none" if kept < 1 else "rounds to none"
         raise PlanError(
-            f"removing {ratio:.4g} of {num_units} {kind}s rounds to none (kept counts are multiples of {multiple}). "
+            f"removing {ratio:.4g} of {num_units} {kind}s {problem} (kept counts are multiples of {multiple}). "
             + _advice(feasible, num_units)
         )
-    if kept < 1:
-        raise PlanError(f"removing {ratio:.4g} of {num_units} {kind}s leaves none. " + _advice(feasible, num_units))
     if not is_allowed(kept):
         raise PlanError(
             f"removing {ratio:.4g} of {num_units} {kind}s leaves {kept} per layer, which this family's configuration "
@@ -87,7 +91,7 @@ def global_counts(
         PlanError: the floors leave too few removable units; how far the budget can reach is said.
     """
     sizes = [len(layer) for layer in scores]
-    floors = [min(n, math.ceil(max(1.0, n * min_keep_ratio) / multiple) * multiple) for n in sizes]
+    floors = [min(n, -(-floor_count(n, min_keep_ratio) // multiple) * multiple) for n in sizes]
     removable = sum(n - floor for n, floor in zip(sizes, floors, strict=True))
     if num_removed > removable:
         raise PlanError(

@@ -15,9 +15,9 @@ from torch import Tensor
 
 from secateur.allocate.budget import Shapes, cost_per_unit, parameters_after
 from secateur.allocate.counts import (
+    floor_count,
     global_counts,
     keep_best,
-    round_to_multiple,
     threshold_counts,
     uniform_count,
 )
@@ -46,7 +46,7 @@ class Request:
         bytes_per_parameter: of the saved weights, for ``bytes``.
     """
 
-    budget: Mapping[str, float]
+    budget: Mapping[str, int | float]
     shape: Literal["uniform", "uneven"] = "uniform"
     allocation: Literal["auto", "uniform", "global"] = "auto"
     min_keep_ratio: float = 0.1
@@ -190,10 +190,10 @@ class _Counts:
     def by_ratio(self, kind: str, ratio: float) -> list[int]:
         sizes = self.sizes(kind)
         if self.request.is_global:
-            num_removed = round(ratio * sum(sizes))
-            if num_removed == 0:
+            kept = self.rank_globally(kind, round(ratio * sum(sizes)))
+            if sum(kept) == sum(sizes):
                 raise PlanError(f"removing {ratio:.4g} of {sum(sizes)} {kind}s rounds to none. Ask for more.")
-            return self.rank_globally(kind, num_removed)
+            return kept
         if self.request.shape == "uniform":
             self.require_even(kind)
         kept = [
@@ -207,10 +207,11 @@ class _Counts:
 
     def note_rounding(self, kind: str, ratio: float, kept: Sequence[int]) -> None:
         real = 1 - sum(kept) / sum(self.sizes(kind))
+        multiple = self.multiple(kind)
         if abs(real - ratio) > 1e-3:
             self.notes.append(
-                f"asked to remove {ratio:.2%} of {kind}s; {real:.2%} go, because kept counts are multiples of "
-                f"{self.multiple(kind)}"
+                f"asked to remove {ratio:.2%} of {kind}s; {real:.2%} go, because "
+                + (f"kept counts are multiples of {multiple}" if multiple > 1 else "units go whole")
             )
 
     def rank_globally(self, kind: str, num_removed: int) -> list[int]:
@@ -223,27 +224,29 @@ class _Counts:
         )
 
     def by_threshold(self, kind: str, threshold: float) -> list[int]:
-        """Keep what scores above the threshold, rounded up: no unit above the threshold ever goes."""
-        counts = threshold_counts(self.scores.values[kind], threshold)
-        multiple = self.multiple(kind)
-        if self.request.shape == "uniform":
-            size = self.require_even(kind)
-            widest = max(counts)
-            fits = [n for n in range(size, 0, -1) if self.is_allowed(kind, n) and n >= widest]
-            rounded = [n for n in fits if n % multiple == 0 or n == size]
-            kept = min(rounded)
-            if kept == size:
-                raise PlanError(
-                    f"threshold {threshold:g} removes no {kind} in shape uniform: layer {counts.index(widest)} has "
-                    f"only {size - widest} of {size} at or below it, and all layers must keep the same number. "
-                    f"Use shape: uneven, which would remove {sum(size - n for n in counts)} of {size * len(counts)}."
-                )
-            return self.floored(kind, [kept] * len(counts))
-        up = [min(size, -(-n // multiple) * multiple) for n, size in zip(counts, self.sizes(kind), strict=True)]
-        return self.floored(kind, up)
+        """Keep what scores above the threshold, at least the floor, rounded up: no unit above the threshold goes."""
+        sizes, multiple = self.sizes(kind), self.multiple(kind)
+        counts = self.floored(kind, threshold_counts(self.scores.values[kind], threshold))
+        rounded = [min(size, -(-n // multiple) * multiple) for n, size in zip(counts, sizes, strict=True)]
+        if self.request.shape == "uneven":
+            return rounded
+        size, widest = self.require_even(kind), max(rounded)
+        fits = (n for n in range(widest, size) if n % multiple == 0 and self.is_allowed(kind, n))
+        kept = next(fits, size)
+        if kept == size:
+            uneven = sum(size - n for n in rounded)
+            refused = "" if widest == size else " that the configuration accepts"
+            advice = (
+                f"Use shape: uneven, which would remove {uneven} of {sum(sizes)}" if uneven else "Raise the threshold"
+            )
+            raise PlanError(
+                f"threshold {threshold:g} removes no {kind} in shape uniform: layer {rounded.index(widest)} keeps "
+                f"{widest} of {size}, and all layers must keep the same number{refused}. {advice}."
+            )
+        return [kept] * len(sizes)
 
     def floored(self, kind: str, counts: Sequence[int]) -> list[int]:
-        floors = [max(1, round(size * self.request.min_keep_ratio)) for size in self.sizes(kind)]
+        floors = [floor_count(size, self.request.min_keep_ratio) for size in self.sizes(kind)]
         raised = [layer for layer, (n, floor) in enumerate(zip(counts, floors, strict=True)) if n < floor]
         if raised:
             self.notes.append(
@@ -297,13 +300,15 @@ class _Counts:
             )
         if self.request.is_global:
             return self.rank_globally(kind, round(share * sum(sizes)) if exact else int(share * sum(sizes)))
-        size = self.require_even(kind) if self.request.shape == "uniform" else sizes[0]
+        if self.request.shape == "uniform":
+            self.require_even(kind)
+        return [self.nearest_count(kind, size, size * (1 - share), exact=exact) for size in sizes]
+
+    def nearest_count(self, kind: str, size: int, aim: float, *, exact: bool) -> int:
+        """Return the allowed count for a layer of ``size`` units nearest to ``aim``, or next above unless ``exact``."""
         allowed = [n for n in range(size, 0, -1) if self.is_allowed(kind, n)]
-        aim = size * (1 - share)
         if not exact:
-            return [min(n for n in allowed if n >= aim)] * len(sizes)
+            return min(n for n in allowed if n >= aim)
         multiple = self.multiple(kind)
-        if len(set(sizes)) > 1:
-            return [round_to_multiple(n * (1 - share), multiple, limit=n) for n in sizes]
-        steps = [n for n in allowed if n % multiple == 0 or n == size] or allowed
-        return [min(steps, key=lambda n: (abs(n - aim), -n))] * len(sizes)
+        steps = [n for n in allowed if n % multiple == 0 or n == size]
+        return min(steps, key=lambda n: (abs(n - aim), -n))

@@ -59,13 +59,19 @@ class _Sums:
 
     def require_finite(self) -> None:
         """Raise CheckpointError naming the first place whose activations are not finite."""
-        for (layer, kind), sums in sorted(self.moments.items()):
-            if not sums.is_finite():
-                reader = self.geometry.axes[kind][layer].reader
-                raise CheckpointError(
-                    f"activations at the input of {reader} are not finite (NaN or infinite). Check the checkpoint, or "
-                    "run with dtype: float32 if the model overflows in half precision."
-                )
+        for layer in range(self.geometry.num_layers):
+            for (at, kind), sums in self.moments.items():  # in the order in which they ran
+                if at == layer and not sums.is_finite():
+                    raise _not_finite(f"input of {self.geometry.axes[kind][layer].reader}")
+            if not bool(torch.isfinite(self.cosine[layer])):
+                raise _not_finite(f"output of {self.geometry.layer_name(layer)}")
+
+
+def _not_finite(place: str) -> CheckpointError:
+    return CheckpointError(
+        f"activations at the {place} are not finite (NaN or infinite). Check the checkpoint, or run with "
+        "dtype: float32 if the model overflows in half precision."
+    )
 
 
 def _taps(sums: _Sums) -> dict[str, dict[str, Any]]:

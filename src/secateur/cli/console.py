@@ -109,7 +109,7 @@ class _BarProgress:
 
     @contextmanager
     def _open(self, label: str, total: int | None, unit: str) -> Iterator[Task]:
-        task = self._bars.add_task(label, total=total, state=describe_rate(0, total, unit, 0))
+        task = self._bars.add_task(label, total=total, state=describe_rate(0, total, unit, 0.0))
         yield _BarTask(self._bars, task, total, unit)
         self._bars.update(task, total=total or 1, completed=total or 1)
 

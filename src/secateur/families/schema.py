@@ -88,8 +88,8 @@ class Dimension(_Data):
 
     @model_validator(mode="after")
     def _one_source(self) -> Dimension:
-        if (self.config is None) == (self.value is None):
-            raise ValueError("a dimension has either a config key or a value")
+        if (self.config is None) == (self.value is None) or (self.value and self.default):
+            raise ValueError("a dimension has either a config key or a value; a default goes with a config key")
         return self
 
 
@@ -154,7 +154,8 @@ class Axis(_Data):
 
     @model_validator(mode="after")
     def _cut_or_fixed(self) -> Axis:
-        if bool(self.fixed) == bool(self.members):
+        cut = self.members and self.config
+        if (self.members or self.config or self.divisor) if self.fixed else not cut:
             raise ValueError("an axis has members and config to cut, or says in `fixed` why it has none")
         return self
 

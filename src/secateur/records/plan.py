@@ -98,7 +98,7 @@ class Plan:
     shape: str
     method: str
     options: Mapping[str, Any]
-    budget: Mapping[str, float]
+    budget: Mapping[str, int | float]
     layers: Mapping[str, tuple[LayerPlan, ...]]
     parameters_dense: Mapping[str, int]
     parameters_pruned: Mapping[str, int]

@@ -88,15 +88,15 @@ def merge_buckets(first: BucketStatistics, second: BucketStatistics) -> BucketSt
         raise ValueError("statistics with different taps cannot be merged")
     timed = [bucket for bucket in (first, second) if bucket.tokens_per_s]
     seconds = sum(bucket.num_tokens / bucket.tokens_per_s for bucket in timed)
-    num_tokens = first.num_tokens + second.num_tokens
+    texts = {*first.corpus_fingerprint.split("+"), *second.corpus_fingerprint.split("+")}
     return BucketStatistics(
-        num_tokens=num_tokens,
+        num_tokens=first.num_tokens + second.num_tokens,
         num_blocks=first.num_blocks + second.num_blocks,
         token_counts=first.token_counts + second.token_counts,
         moments={key: value + second.moments[key] for key, value in first.moments.items()},
         linear_abs={key: value + second.linear_abs[key] for key, value in first.linear_abs.items()},
         cosine_sum=first.cosine_sum + second.cosine_sum,
         documents=torch.unique(torch.cat([first.documents, second.documents])),
-        corpus_fingerprint="+".join(sorted({part for bucket in (first, second) for part in bucket.corpus_fingerprint.split("+")})),
+        corpus_fingerprint="+".join(sorted(texts)),
         tokens_per_s=sum(bucket.num_tokens for bucket in timed) / seconds if seconds else 0.0,
     )

@@ -26,7 +26,7 @@ class Table:
         return "\n".join([head, rule, *("| " + " | ".join(row) + " |" for row in self.rows)])
 
 
-def format_count(count: float) -> str:
+def format_count(count: int | float) -> str:
     """Return a parameter count such as 134.5 M."""
     for unit, size in (("B", 1e9), ("M", 1e6), ("k", 1e3)):
         if abs(count) >= size:
@@ -34,7 +34,7 @@ def format_count(count: float) -> str:
     return f"{count:.0f}"
 
 
-def format_bytes(size: float) -> str:
+def format_bytes(size: int | float) -> str:
     """Return a size in decimal units such as 538.1 MB."""
     for unit, scale in (("GB", 1e9), ("MB", 1e6), ("kB", 1e3)):
         if size >= scale:

@@ -5,7 +5,7 @@ from __future__ import annotations
 import inspect
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any, get_args, get_origin, get_type_hints
+from typing import Annotated, Any, Literal, get_args, get_origin, get_type_hints
 
 from jaxtyping import Float, Float64
 from torch import Tensor
@@ -77,15 +77,24 @@ class Method:
         """
         signature = inspect.signature(self.function)
         parameters = {p.name: p for p in signature.parameters.values() if p.kind is p.KEYWORD_ONLY}
-        hints = get_type_hints(self.function)
+        hints = get_type_hints(self.function, include_extras=True)
         for key, value in options.items():
             if key not in parameters:
                 if not parameters:
                     raise ConfigError(f"method {self.name} has no options; got {key!r}. Remove prune.options.")
                 raise ConfigError(unknown_name(f"option of method {self.name}", key, parameters))
-            choices = get_args(hints[key]) if get_origin(hints[key]) is not None else ()
+            choices = _listed_values(hints[key])
             if choices and value not in choices:
-                raise ConfigError(unknown_name(f"value for option {key} of method {self.name}", value, choices))
+                raise ConfigError(
+                    unknown_name(f"value for option {key} of method {self.name}", value, map(str, choices))
+                )
+
+
+def _listed_values(hint: Any) -> tuple[Any, ...]:
+    """Return the values that an option's annotation lists: those of a Literal, or the names in an annotated registry."""
+    if get_origin(hint) is Literal:
+        return get_args(hint)
+    return tuple(hint.__metadata__[0]) if get_origin(hint) is Annotated else ()
 
 
 METHODS: Registry[Method] = Registry("method")

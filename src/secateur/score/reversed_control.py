@@ -5,6 +5,8 @@ Source: none needed; used as a sanity check in EASY-EP and REAP style studies.
 
 from __future__ import annotations
 
+from typing import Annotated
+
 from jaxtyping import Float64
 from torch import Tensor
 
@@ -21,7 +23,7 @@ from secateur.score.method import METHODS, Evidence, register
     source="control",
     control=True,
 )
-def reversed_scores(evidence: Evidence, /, *, of: str = "contextual") -> Float64[Tensor, "units"]:
+def reversed_scores(evidence: Evidence, /, *, of: Annotated[str, METHODS] = "contextual") -> Float64[Tensor, "units"]:
     """Return minus the scores of method ``of`` with its default options.
 
     Raises:

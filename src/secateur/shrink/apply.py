@@ -9,19 +9,21 @@ from typing import Any
 from torch import Tensor
 
 from secateur.errors import PlanError
-from secateur.families.geometry import Geometry, Segment
+from secateur.families.geometry import Geometry, Segment, UnitAxis
 from secateur.families.loader import UNEVEN_PREFIX, dense_model_type
-from secateur.records.plan import Plan
+from secateur.records.plan import LayerPlan, Plan
 from secateur.shrink.slicing import fold_constants, kept_rows
 
 _Cuts = dict[tuple[str, str], list[tuple[Segment, int, Sequence[int]]]]
 
 
 def check_plan(plan: Plan, geometry: Geometry) -> None:
-    """Refuse a plan that was made for another model.
+    """Refuse a plan that was made for another model, or edited into one that cannot be applied.
 
     Raises:
-        PlanError: family, layers or unit counts differ; both sides are named.
+        PlanError: family, layers or unit counts differ (both sides are named), the stock configuration refuses the
+            counts of a uniform plan, or a constant belongs to a channel that stays.
+        FamilyError: the family cannot cut units that the plan removes.
     """
     if plan.family != geometry.family.name:
         raise PlanError(f"the plan is for a {plan.family} model; this is a {geometry.family.name} model. Plan again.")
@@ -32,6 +34,26 @@ def check_plan(plan: Plan, geometry: Geometry) -> None:
             raise PlanError(
                 f"the plan expects {kind} counts {want[:4]}... in {len(want)} layers; the model has {have[:4]}... in "
                 f"{len(have)}. Plan again for this model."
+            )
+        if any(layer.num_removed for layer in layers):
+            geometry.require_cuttable([kind])
+        if plan.shape == "uniform" and not geometry.is_allowed(kind, len(layers[0].keep)):
+            raise PlanError(
+                f"the plan keeps {len(layers[0].keep)} {kind}s per layer, which this family's configuration refuses. "
+                f"Keep one of {geometry.allowed_counts(kind)}, or set shape to uneven."
+            )
+        for axis, layer in zip(geometry.axes[kind], layers, strict=True):
+            _check_constants(axis, layer)
+
+
+def _check_constants(axis: UnitAxis, layer: LayerPlan) -> None:
+    kept = set(layer.keep)
+    for channel, _ in layer.constants:
+        unit = channel // axis.reader_width
+        if unit in kept or not 0 <= unit < axis.num_units:
+            raise PlanError(
+                f"the plan has a constant for channel {channel} of layer {axis.layer} ({axis.kind}), which is not "
+                "removed. Take the constant out of the plan, or plan again."
             )
 
 
@@ -49,7 +71,7 @@ def shrink_parameters(
         geometry: of this model.
 
     Raises:
-        PlanError: the plan does not fit the model.
+        PlanError: the plan does not fit the model; see also ``check_plan``.
     """
     check_plan(plan, geometry)
     cuts, constants = _cuts(plan, geometry)
@@ -66,6 +88,8 @@ def shrink_parameters(
                 raise PlanError(f"{name} came before its weight, so removed constants cannot be folded into it.")
             tensor = fold_constants(tensor, *shifts.pop(module))
         yield name, _slice(tensor, leaf, module, cuts, rows_first)
+    if shifts:
+        raise PlanError(f"{min(shifts)} has no bias that could take its removed constants over. Plan again.")
 
 
 def _cuts(plan: Plan, geometry: Geometry) -> tuple[_Cuts, dict[str, list[tuple[int, float]]]]:

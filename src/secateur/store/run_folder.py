@@ -13,7 +13,7 @@ from pathlib import Path
 from typing import Any
 
 from secateur.errors import CheckpointError, ExportError
-from secateur.store.artifacts import disk_errors, read_json, write_json, write_text
+from secateur.store.artifacts import read_json, write_json, write_text
 
 MANIFEST_VERSION = 1
 
@@ -32,7 +32,7 @@ class RunFolder:
 
     @classmethod
     def open(cls, path: Path) -> RunFolder:
-        """Return the run folder at ``path``, created if need be.
+        """Return the run folder at ``path``; nothing is written before the first result.
 
         Raises:
             ExportError: the path is a file, or a folder with something else in it.
@@ -52,11 +52,7 @@ class RunFolder:
                 f"output folder {path} is not empty and is not a run of secateur (it holds {first}). "
                 "Choose another output, or empty it."
             )
-        with disk_errors(path):
-            path.mkdir(parents=True, exist_ok=True)
-        run = cls(path, {"schema_version": MANIFEST_VERSION, "stages": {}})
-        run.save()
-        return run
+        return cls(path, {"schema_version": MANIFEST_VERSION, "stages": {}})
 
     def save(self) -> None:
         """Write the manifest."""
@@ -68,9 +64,16 @@ class RunFolder:
         self.save()
 
     def is_done(self, stage: str, key: str, *files: Path) -> bool:
-        """Return whether a stage's result exists and was made from the same inputs."""
+        """Return whether a stage's result exists and was made from the same inputs.
+
+        Args:
+            stage: name of the stage.
+            key: hash of what it depends on now.
+            files: that must be there, besides those recorded when it was finished.
+        """
         entry: Mapping[str, Any] = self.manifest["stages"].get(stage, {})
-        return entry.get("key") == key and all(file.exists() for file in files)
+        recorded = [self.path / name for name in entry.get("files", ())]
+        return entry.get("key") == key and all(file.exists() for file in (*files, *recorded))
 
     def finish(self, stage: str, key: str, started: float, **facts: Any) -> None:
         """Record that a stage's result is complete.
@@ -79,7 +82,7 @@ class RunFolder:
             stage: name of the stage.
             key: hash of what it depends on.
             started: ``time.perf_counter()`` when it began.
-            facts: what else to record about it.
+            facts: what else to record about it; ``files`` are the paths in the run folder that belong to it.
         """
         self.manifest["stages"][stage] = {
             "key": key,

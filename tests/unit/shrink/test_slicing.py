@@ -1,0 +1,57 @@
+"""Index arithmetic of cutting, against loops."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+
+from secateur.families.geometry import Segment
+from secateur.shrink.slicing import fold_constants, kept_rows
+
+
+def test_rows_of_kept_units_stay() -> None:
+    """Units of several rows, an offset, a second run, and rows that belong to no unit."""
+    runs = [(Segment("m", "out", 1, 2), 3, (0, 2)), (Segment("m", "out", 8, 1), 2, (1,))]
+    expected = [
+        row
+        for row in range(11)
+        if not (1 <= row < 7 and (row - 1) // 2 not in (0, 2)) and not (8 <= row < 10 and row - 8 not in (1,))
+    ]
+    assert kept_rows(runs, 11).tolist() == expected == [0, 1, 2, 5, 6, 7, 9, 10]
+
+
+def test_without_cuts_every_row_stays() -> None:
+    """Nothing to cut means nothing is cut."""
+    assert kept_rows([], 4).tolist() == [0, 1, 2, 3]
+
+
+@pytest.mark.parametrize(
+    ("runs", "num_rows"),
+    [
+        ([(Segment("m", "out", 0, 2), 3, (0,))], 5),
+        ([(Segment("m", "out", 0, 2), 3, (0,)), (Segment("m", "out", 5, 1), 2, (0,))], 9),
+    ],
+    ids=["beyond the end", "overlap"],
+)
+def test_a_family_file_that_contradicts_the_weights_is_noticed(
+    runs: list[tuple[Segment, int, tuple[int, ...]]], num_rows: int
+) -> None:
+    """Runs that overlap or leave the dimension are errors that name the module."""
+    with pytest.raises(ValueError, match=rf"m: rows .* overlap others or exceed {num_rows}"):
+        kept_rows(runs, num_rows)
+
+
+def test_constants_are_folded_as_the_matrix_product_says() -> None:
+    """bias + columns @ values, accumulated in float64, given back in the bias's dtype."""
+    bias, columns = torch.tensor([1.0, 2.0]), torch.tensor([[1.0, 10.0, 0.0], [0.5, 0.0, -1.0]])
+    folded = fold_constants(bias, columns, [2.0, 0.25, 4.0])
+    assert folded.dtype == torch.float32
+    assert folded.tolist() == [1 + 2 + 2.5, 2 + 1 - 4]
+    assert bias.tolist() == [1.0, 2.0], "the dense bias is not changed"
+    assert fold_constants(bias.bfloat16(), columns.bfloat16(), [2.0, 0.25, 4.0]).dtype == torch.bfloat16
+
+
+def test_small_contributions_are_not_lost() -> None:
+    """Many small constants add up although each would vanish beside the bias in float32."""
+    bias, columns = torch.tensor([1.0]), torch.full((1, 4096), 1e-8)
+    assert float(fold_constants(bias, columns, [1.0] * 4096)) == pytest.approx(1 + 4096e-8, rel=1e-7)
