@@ -1,4 +1,4 @@
-"""What every model family promises: a shrunk model is the masked dense model, on disk too; a new TOML joins by existing."""
+"""What every family promises: a shrunk model is the masked dense model, on disk too; a new TOML joins by existing."""
 
 from __future__ import annotations
 
@@ -14,7 +14,6 @@ from secateur.families.geometry import build_geometry
 from secateur.families.loader import UNEVEN_PREFIX, family_of
 from secateur.families.schema import Family
 from secateur.records.units import FFN_CHANNEL, GQA_GROUP, UNIT_KINDS
-from secateur.store.modeling import register_uneven_models
 from secateur.stream.forward import run_logits
 from tests.blocks import lay_blocks, random_documents
 from tests.conftest import PICO_SIZES, geometry_of, pico_config, pico_model
@@ -141,7 +140,6 @@ def test_the_saved_model_loads_again_and_says_the_same(family: Family, shape: st
     kept = choose_units(geometry, all_cuttable(family), shape)
     pruned = prune(model, plan_keeping(geometry, kept, shape), geometry)
     pruned.save_pretrained(tmp_path)
-    register_uneven_models()
     reloaded = AutoModelForCausalLM.from_pretrained(tmp_path, dtype=torch.float32).eval()
     assert torch.equal(logits(reloaded, token_ids()), logits(pruned, token_ids()))
 
@@ -174,7 +172,10 @@ def test_an_uneven_model_generates_the_same_with_and_without_a_cache(family: Fam
     reloaded = AutoModelForCausalLM.from_pretrained(tmp_path, dtype=torch.float64).eval()
     prompt = token_ids()
     greedy: dict[str, Any] = {
-        "attention_mask": torch.ones_like(prompt), "do_sample": False, "max_new_tokens": 6, "min_new_tokens": 6
+        "attention_mask": torch.ones_like(prompt),
+        "do_sample": False,
+        "max_new_tokens": 6,
+        "min_new_tokens": 6,
     }
     with torch.inference_mode():
         cached = reloaded.generate(prompt, use_cache=True, **greedy)

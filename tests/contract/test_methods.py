@@ -6,8 +6,7 @@ import inspect
 from collections.abc import Sequence
 from dataclasses import replace
 from functools import cache
-from itertools import product
-from typing import Any, Literal, get_args, get_origin, get_type_hints
+from typing import Any
 
 import pytest
 import torch
@@ -23,17 +22,9 @@ from secateur.score import METHODS, Evidence, score_units
 from tests.blocks import hand_made_blocks
 from tests.conftest import geometry_of, pico_model
 from tests.pruning import logits, masked
+from tests.variants import variants
 
 NUM_UNITS = 12
-
-
-def variants(name: str) -> list[dict[str, Any]]:
-    """Return every combination of a method's options whose values are listed in its signature."""
-    function = METHODS[name].function
-    hints = get_type_hints(function)
-    options = [p.name for p in inspect.signature(function).parameters.values() if p.kind is p.KEYWORD_ONLY]
-    listed = {option: get_args(hints[option]) for option in options if get_origin(hints[option]) is Literal}
-    return [dict(zip(listed, values, strict=True)) for values in product(*listed.values())]
 
 
 def cases(*, controls: bool) -> list[Any]:
@@ -108,9 +99,7 @@ def test_one_finite_number_per_unit(method: str, options: dict[str, Any], kind: 
 
 @each_kind
 @every_method
-def test_scores_are_deterministic_and_leave_the_evidence_alone(
-    method: str, options: dict[str, Any], kind: str
-) -> None:
+def test_scores_are_deterministic_and_leave_the_evidence_alone(method: str, options: dict[str, Any], kind: str) -> None:
     """The same evidence gives the same scores twice, whatever the global random state, and is not changed."""
     item, untouched = evidence(kind), evidence(kind)
     first = score(method, item, options)

@@ -78,5 +78,7 @@ def test_absolute_sums_cosines_and_counts_do_not_depend_on_batches(
     runs = list(pairwise(bounds))
     whole = tolerance(dtype, 1.0)
     torch.testing.assert_close(sum(sum_abs(first[a:b]) for a, b in runs), sum_abs(first), **whole)
-    torch.testing.assert_close(sum(cosine_sum(first[a:b], second[a:b]) for a, b in runs), cosine_sum(first, second), **whole)
+    torch.testing.assert_close(
+        sum(cosine_sum(first[a:b], second[a:b]) for a, b in runs), cosine_sum(first, second), **whole
+    )
     assert torch.equal(sum(count_tokens(ids[a:b], 200) for a, b in runs), count_tokens(ids, 200))

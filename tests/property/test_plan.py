@@ -19,6 +19,7 @@ from tests.allocation import CHANNEL_COST, counts, llama, random_scores, scores_
 few_values = st.sampled_from([0.0, 0.25, 0.5, 1.0, -1.0])
 """Scores drawn from few values, so that ties are common."""
 ratios = st.sampled_from([1e-9, 0.01, 0.1, 0.25, 0.5, 0.75, 0.9, 0.99, 1 - 1e-9]) | st.floats(0.001, 0.999)
+usual_ratios = st.sampled_from([0.1, 0.2, 0.25, 0.3, 0.5])
 kinds = st.sampled_from([[FFN_CHANNEL], [GQA_GROUP], [FFN_CHANNEL, GQA_GROUP]])
 
 
@@ -66,7 +67,9 @@ def test_global_ranking_removes_exactly_what_it_promises(scores: list[Tensor], s
     assert sum(sizes) - sum(kept) == num_removed
     assert all(low <= n <= size for low, n, size in zip(floors, kept, sizes, strict=True))
     ranked = [layer.sort(descending=True).values.tolist() for layer in scores]
-    highest_removed = max((layer[n] for layer, n in zip(ranked, kept, strict=True) if n < len(layer)), default=-math.inf)
+    highest_removed = max(
+        (layer[n] for layer, n in zip(ranked, kept, strict=True) if n < len(layer)), default=-math.inf
+    )
     for layer, n, low in zip(ranked, kept, floors, strict=True):
         if n > low:
             assert layer[n - 1] >= highest_removed
@@ -79,7 +82,10 @@ def test_global_ranking_removes_exactly_what_it_promises(scores: list[Tensor], s
 
 
 @given(
-    st.lists(st.integers(1, 6), min_size=1, max_size=5), st.sampled_from([2, 8, 32]), st.floats(0, 1), st.integers(0, 99)
+    st.lists(st.integers(1, 6), min_size=1, max_size=5),
+    st.sampled_from([2, 8, 32]),
+    st.floats(0, 1),
+    st.integers(0, 99),
 )
 def test_rounded_widths_keep_the_total_within_half_a_multiple(
     multiples: list[int], multiple: int, share: float, seed: int
@@ -112,9 +118,9 @@ def requests(draw: st.DrawFn) -> tuple[list[str], dict[str, Any]]:
     keys = {FFN_CHANNEL: "channels", GQA_GROUP: "groups"}
     budget: dict[str, Any] = draw(
         st.one_of(
-            st.fixed_dictionaries({keys[kind]: ratios for kind in chosen}),
-            st.fixed_dictionaries({"parameters": ratios}),
-            st.fixed_dictionaries({"bytes": st.integers(1, 400_000)}),
+            st.fixed_dictionaries({keys[kind]: usual_ratios | ratios for kind in chosen}),
+            st.fixed_dictionaries({"parameters": usual_ratios | ratios}),
+            st.fixed_dictionaries({"bytes": st.integers(20_000, 150_000)}),
             st.fixed_dictionaries({"threshold": st.floats(0, 1)}),
         )
     )

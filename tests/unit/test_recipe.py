@@ -200,7 +200,7 @@ def test_plain_numbers_are_bytes() -> None:
 @pytest.mark.parametrize("text", ["", "MB", "-3MB", "3 TB", "3ib", "1,5GB", "."])
 def test_other_sizes_are_refused_with_an_example(text: str) -> None:
     """What cannot be a size is answered with one that is."""
-    with pytest.raises(ValueError, match="write for example 400MB or 1.5GiB"):
+    with pytest.raises(ValueError, match=r"write for example 400MB or 1.5GiB"):
         parse_bytes(text)
 
 
@@ -326,7 +326,7 @@ def test_a_file_that_is_not_yaml_is_refused(tmp_path: Path, content: bytes) -> N
 
 def test_an_empty_file_is_not_a_recipe(tmp_path: Path) -> None:
     """An empty YAML file is refused as what it is, with or without overrides."""
-    with pytest.raises(ConfigError, match="must be a mapping of keys .* got NoneType"):
+    with pytest.raises(ConfigError, match=r"must be a mapping of keys .* got NoneType"):
         load_recipe(write(tmp_path, ""), {"model": "m"})
 
 

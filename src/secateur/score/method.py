@@ -91,7 +91,7 @@ class Method:
 
 
 def _listed_values(hint: Any) -> tuple[Any, ...]:
-    """Return the values that an option's annotation lists: those of a Literal, or the names in an annotated registry."""
+    """Return the values that an option's annotation lists: a Literal's, or the names in an annotated registry."""
     if get_origin(hint) is Literal:
         return get_args(hint)
     return tuple(hint.__metadata__[0]) if get_origin(hint) is Annotated else ()

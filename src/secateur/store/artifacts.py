@@ -52,13 +52,22 @@ def atomic_folder(target: Path) -> Iterator[Path]:
     try:
         yield work
         _open_up(work)
-        old = target.with_name(f".{target.name}-old-{os.getpid()}")
+        _put_in_place(work, target)
+    finally:
+        shutil.rmtree(work, ignore_errors=True)
+
+
+def _put_in_place(work: Path, target: Path) -> None:
+    """Rename ``work`` to ``target``; an earlier ``target`` goes only after that worked, and comes back if it did not."""
+    old = target.with_name(f".{target.name}-old-{os.getpid()}")
+    try:
         if target.exists():
             os.replace(target, old)
         os.replace(work, target)
-        shutil.rmtree(old, ignore_errors=True)
     finally:
-        shutil.rmtree(work, ignore_errors=True)
+        if old.exists() and not target.exists():
+            os.replace(old, target)
+        shutil.rmtree(old, ignore_errors=True)
 
 
 def _open_up(folder: Path) -> None:
@@ -88,7 +97,9 @@ def read_json(path: Path) -> dict[str, Any]:
         CheckpointError: the file is missing or broken.
     """
     try:
-        data: dict[str, Any] = json.loads(path.read_text(encoding="utf-8"))
+        data = json.loads(path.read_text(encoding="utf-8"))
+        if not isinstance(data, dict):
+            raise ValueError(f"it holds one {type(data).__name__}, not an object")
     except (OSError, ValueError) as error:
         raise CheckpointError(f"{path} cannot be read: {error}. Delete it; it will be made again.") from None
     return data
@@ -202,10 +213,13 @@ def read_scores(path: Path) -> Scores:
         CheckpointError: the files are missing or broken.
     """
     metadata, tensors = read_json(path.with_suffix(".json")), _read_tensors(path)
-    values = {kind: [tensors[f"{kind}/{i}"] for i in range(count)] for kind, count in metadata["layers"].items()}
-    return Scores(
-        metadata["method"], metadata["options"], tuple(metadata["buckets"]), values, metadata["inputs_fingerprint"]
-    )
+    try:
+        values = {kind: [tensors[f"{kind}/{i}"] for i in range(count)] for kind, count in metadata["layers"].items()}
+        return Scores(
+            metadata["method"], metadata["options"], tuple(metadata["buckets"]), values, metadata["inputs_fingerprint"]
+        )
+    except KeyError as error:
+        raise CheckpointError(f"{path} lacks {error}. Delete it; it will be made again.") from None
 
 
 def digest(*parts: object) -> str:

@@ -8,22 +8,25 @@ from __future__ import annotations
 import copy
 import hashlib
 import json
+import os
 import shutil
 from collections.abc import Iterable, Mapping
+from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import torch
 import yaml
+from huggingface_hub.errors import StrictDataclassError
+from safetensors import SafetensorError
 from torch import Tensor, nn
 
-from secateur.errors import CheckpointError, ExportError, UnavailableError
+from secateur.errors import CheckpointError, ExportError, PlanError, UnavailableError
 from secateur.families.geometry import Geometry, build_geometry
 from secateur.families.loader import family_of
 from secateur.files import cache_folder
-from secateur.store.artifacts import atomic_folder, disk_errors, write_json, write_text
-from secateur.store.modeling import register_uneven_models
+from secateur.store.artifacts import atomic_folder, digest, disk_errors, write_json, write_text
 
 _DTYPES = {
     "float64": torch.float64,
@@ -59,8 +62,11 @@ class Checkpoint:
 
     @property
     def name(self) -> str:
-        """A readable name: the hub id, or the last part of the path."""
-        return Path(self.spec).stem if Path(self.spec).exists() else self.spec
+        """A readable name: the hub id, or the last part of the path (a ``.gguf`` file's without the suffix)."""
+        path = Path(os.path.abspath(Path(self.spec).expanduser()))
+        if not path.exists():
+            return self.spec
+        return path.stem if path.is_file() else path.name
 
 
 def resolve_model(spec: str, *, trust_remote_code: bool = False) -> Checkpoint:
@@ -73,7 +79,6 @@ def resolve_model(spec: str, *, trust_remote_code: bool = False) -> Checkpoint:
         FamilyError: the model type is not supported.
         UnavailableError: a hub id that is neither cached nor reachable.
     """
-    register_uneven_models()
     path = Path(spec).expanduser()
     if path.suffix.lower() == ".gguf":
         folder = _dequantised(path)
@@ -89,27 +94,64 @@ def resolve_model(spec: str, *, trust_remote_code: bool = False) -> Checkpoint:
 
 
 def _describe(spec: str, folder: Path, trust_remote_code: bool) -> Checkpoint:
-    from transformers import AutoConfig, AutoModelForCausalLM
+    from transformers import AutoConfig
 
     raw = _read_config(folder)
     family = family_of(str(raw.get("model_type")))
     if raw.get("auto_map") and str(raw.get("model_type")) not in _registered_types() and not trust_remote_code:
         raise CheckpointError(f"model {spec} needs its own Python code. If you trust it, set trust_remote_code: true.")
     _refuse_pickles(spec, folder)
-    config = AutoConfig.from_pretrained(folder, trust_remote_code=trust_remote_code)
-    plain = config.to_dict()
-    with torch.device("meta"):
-        empty = AutoModelForCausalLM.from_config(config, trust_remote_code=trust_remote_code)
     files = sorted(folder.glob("*.safetensors"))
+    stored = {name: entry for file in files for name, entry in _safetensors_header(file).items()}
+    try:
+        config = AutoConfig.from_pretrained(folder, trust_remote_code=trust_remote_code)
+        shapes = _parameter_shapes(config, folder, trust_remote_code)
+    except (StrictDataclassError, OSError, RuntimeError, ValueError, TypeError, KeyError, AttributeError) as error:
+        raise CheckpointError(
+            f"transformers refuses {folder / 'config.json'}: {error} Correct it, or fetch the model again."
+        ) from None
+    _require_shapes(spec, shapes, stored)
+    plain = config.to_dict()
     return Checkpoint(
         spec=spec,
         folder=folder,
         config=plain,
         geometry=build_geometry(family, plain),
-        shapes={name: tuple(parameter.shape) for name, parameter in empty.named_parameters()},
-        dtype=_stored_dtype(files),
+        shapes=shapes,
+        dtype=_stored_dtype(stored),
         size_bytes=sum(file.stat().st_size for file in files),
     )
+
+
+def _require_shapes(spec: str, shapes: Mapping[str, tuple[int, ...]], stored: Mapping[str, Any]) -> None:
+    """Refuse weights that do not fit the configuration, before they are loaded; other names are left to the loader."""
+    for name, shape in shapes.items():
+        if name in stored and tuple(stored[name]["shape"]) != shape:
+            raise CheckpointError(
+                f"model {spec} stores {name} with shape {tuple(stored[name]['shape'])}, but its config.json says {shape}. "
+                "They belong to different models; fetch both again."
+            )
+
+
+def _parameter_shapes(config: Any, folder: Path, trust_remote_code: bool) -> dict[str, tuple[int, ...]]:
+    """Return the model's parameters by name, tied ones once, from its empty form.
+
+    Building even an empty model imports the modelling code, which takes seconds; the answer is remembered per
+    configuration in the user's cache folder.
+    """
+    import transformers
+
+    key = digest((folder / "config.json").read_text(encoding="utf-8"), transformers.__version__)
+    file = cache_folder() / "shapes" / f"{key}.json"
+    remembered = _read_memory(file)
+    if not remembered:
+        from transformers import AutoModelForCausalLM
+
+        with torch.device("meta"):
+            empty = AutoModelForCausalLM.from_config(config, trust_remote_code=trust_remote_code)
+        remembered = {name: list(parameter.shape) for name, parameter in empty.named_parameters()}
+        _remember(file, remembered)
+    return {name: tuple(shape) for name, shape in remembered.items()}
 
 
 def _registered_types() -> Iterable[str]:
@@ -145,14 +187,13 @@ def _refuse_pickles(spec: str, folder: Path) -> None:
     raise CheckpointError(f"model {spec} has no .safetensors file in {folder}. Fetch its weights first.")
 
 
-def _stored_dtype(files: list[Path]) -> torch.dtype:
+def _stored_dtype(stored: Mapping[str, Any]) -> torch.dtype:
     """Return the dtype that most stored numbers have."""
     names = {"F64": torch.float64, "F32": torch.float32, "BF16": torch.bfloat16, "F16": torch.float16}
     sizes: dict[str, int] = {}
-    for file in files:
-        for entry in _safetensors_header(file).values():
-            start, stop = entry["data_offsets"]
-            sizes[entry["dtype"]] = sizes.get(entry["dtype"], 0) + stop - start
+    for entry in stored.values():
+        start, stop = entry["data_offsets"]
+        sizes[entry["dtype"]] = sizes.get(entry["dtype"], 0) + stop - start
     main = max(sizes, key=lambda name: sizes[name], default="F32")
     if main not in names:
         raise CheckpointError(
@@ -162,15 +203,20 @@ def _stored_dtype(files: list[Path]) -> torch.dtype:
 
 
 def _safetensors_header(file: Path) -> dict[str, Any]:
+    """Return dtype, shape and place of every tensor in a file, after checking that the file is as long as they say."""
+    size = file.stat().st_size
     try:
         with file.open("rb") as stream:
             length = int.from_bytes(stream.read(8), "little")
-            if length > file.stat().st_size:
-                raise ValueError("header is longer than the file")
+            if length > size:
+                raise ValueError("its header is longer than the file")
             header: dict[str, Any] = json.loads(stream.read(length))
-    except ValueError as error:
+            header.pop("__metadata__", None)
+            needed = 8 + length + max((entry["data_offsets"][1] for entry in header.values()), default=0)
+        if needed != size:
+            raise ValueError(f"it has {size:,} bytes where its header says {needed:,}")
+    except (ValueError, AttributeError, KeyError, TypeError) as error:
         raise CheckpointError(f"{file} is not a readable safetensors file: {error}. Fetch it again.") from None
-    header.pop("__metadata__", None)
     return header
 
 
@@ -230,11 +276,11 @@ def _gguf_card(path: Path) -> str:
 
 
 def _file_hash(path: Path) -> str:
-    digest = hashlib.blake2b(digest_size=16)
+    state = hashlib.blake2b(digest_size=16)
     with path.open("rb") as stream:
         while chunk := stream.read(1 << 22):
-            digest.update(chunk)
-    return digest.hexdigest()
+            state.update(chunk)
+    return state.hexdigest()
 
 
 def fingerprint(checkpoint: Checkpoint) -> str:
@@ -244,34 +290,41 @@ def fingerprint(checkpoint: Checkpoint) -> str:
     """
     memory_file = cache_folder() / "fingerprints.json"
     memory = _read_memory(memory_file)
-    digest = hashlib.blake2b(digest_size=16)
+    state = hashlib.blake2b(digest_size=16)
     known = dict(memory)
     for file in sorted([checkpoint.folder / "config.json", *checkpoint.folder.glob("*.safetensors")]):
         stat = file.stat()
         key = f"{file.resolve()}|{stat.st_size}|{stat.st_mtime_ns}"
-        known.setdefault(key, _file_hash(file))
-        digest.update(f"{file.name}:{known[key]};".encode())
+        if key not in known:
+            known[key] = _file_hash(file)
+        state.update(f"{file.name}:{known[key]};".encode())
     if known != memory:
-        write_json(memory_file, known)
-    return digest.hexdigest()
+        _remember(memory_file, known)
+    return state.hexdigest()
 
 
-def _read_memory(file: Path) -> dict[str, str]:
+def _read_memory(file: Path) -> dict[str, Any]:
     try:
-        memory: dict[str, str] = json.loads(file.read_text())
-        return memory
+        memory = json.loads(file.read_text(encoding="utf-8"))
     except (OSError, ValueError):
         return {}
+    return memory if isinstance(memory, dict) else {}
+
+
+def _remember(file: Path, memory: Mapping[str, Any]) -> None:
+    """Write to the cache folder where that is possible; a cache that cannot be written stops nobody's work."""
+    with suppress(ExportError, OSError):
+        write_json(file, memory)
 
 
 def fingerprint_loaded(model: nn.Module) -> str:
     """Return what identifies the weights of a model in memory: a hash over names, dtypes and bytes."""
-    digest = hashlib.blake2b(digest_size=16)
+    state = hashlib.blake2b(digest_size=16)
     for name, parameter in model.named_parameters():
         tensor = parameter.detach().cpu().contiguous()
-        digest.update(f"{name}|{tensor.dtype}|{tuple(tensor.shape)};".encode())
-        digest.update(tensor.view(torch.uint8).numpy().tobytes())
-    return digest.hexdigest()
+        state.update(f"{name}|{tensor.dtype}|{tuple(tensor.shape)};".encode())
+        state.update(tensor.view(torch.uint8).numpy().tobytes())
+    return state.hexdigest()
 
 
 def choose_device(device: str) -> torch.device:
@@ -284,9 +337,10 @@ def choose_device(device: str) -> torch.device:
         return torch.device("cuda" if torch.cuda.is_available() else "cpu")
     try:
         chosen = torch.device(device)
-        torch.empty(1, device=chosen)
+        torch.zeros(1, device=chosen).item()
     except (RuntimeError, AssertionError) as error:
-        raise CheckpointError(f"device {device!r} cannot be used here: {error}. Try device: auto or cpu.") from None
+        reason = str(error).partition(". ")[0].rstrip(".")
+        raise CheckpointError(f"device {device!r} cannot be used here: {reason}. Try device: auto or cpu.") from None
     return chosen
 
 
@@ -316,8 +370,8 @@ def load_model(
             trust_remote_code=trust_remote_code,
             output_loading_info=True,
         )
-    except (OSError, RuntimeError, ValueError) as error:
-        raise CheckpointError(f"model {checkpoint.spec} could not be loaded: {error}") from None
+    except (SafetensorError, OSError, RuntimeError, ValueError) as error:
+        raise CheckpointError(f"model {checkpoint.spec} could not be loaded: {error} Fetch it again.") from None
     missing = sorted(report["missing_keys"])
     if missing:
         raise CheckpointError(
@@ -369,12 +423,18 @@ def build_model(config: Mapping[str, Any], parameters: Iterable[tuple[str, Tenso
 
     Raises:
         CheckpointError: names or shapes do not fit the configuration.
+        PlanError: the model type's configuration class refuses the sizes.
     """
     from transformers import AutoConfig, AutoModelForCausalLM
 
-    register_uneven_models()
     data = {key: value for key, value in config.items() if key not in ("model_type", "transformers_version")}
-    configuration = AutoConfig.for_model(config["model_type"], **data)
+    try:
+        configuration = AutoConfig.for_model(config["model_type"], **data)
+    except (StrictDataclassError, ValueError) as error:
+        raise PlanError(
+            f"the configuration of {config['model_type']} refuses the planned sizes: {error} Keep another number of "
+            "units, or use shape: uneven."
+        ) from None
     configuration._attn_implementation = dense.config._attn_implementation
     with torch.device("meta"):
         model = AutoModelForCausalLM.from_config(configuration, dtype=dense.dtype)
@@ -438,7 +498,7 @@ def compare_reloaded(model: Any, folder: Path, inputs: Mapping[str, Any], *, tol
         reloaded, report = AutoModelForCausalLM.from_pretrained(
             folder, dtype=model.dtype, use_safetensors=True, output_loading_info=True
         )
-    except (OSError, RuntimeError, ValueError) as error:
+    except (SafetensorError, OSError, RuntimeError, ValueError) as error:
         raise ExportError(f"the saved model does not load again: {error}") from None
     if report["missing_keys"] or report["unexpected_keys"]:
         raise ExportError(
@@ -448,6 +508,8 @@ def compare_reloaded(model: Any, folder: Path, inputs: Mapping[str, Any], *, tol
     with torch.inference_mode():
         ours = model(**inputs).logits
         theirs = reloaded.to(model.device).eval()(**inputs).logits
+    if not bool(torch.isfinite(ours).all()):
+        raise ExportError("the pruned model's logits are not finite (NaN or infinite). Check the checkpoint's weights.")
     difference = float((ours - theirs).abs().max())
     if not difference <= tolerance:
         raise ExportError(

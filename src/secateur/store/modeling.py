@@ -2,8 +2,8 @@
 
 A stock class gives every layer the same configuration. Ours builds the stock model and then each layer again from
 ``config.per_layer_config[layer]``, transformers' own record of per-layer sizes. Everything else (caches, generation,
-attention back ends) is the stock model's. Classes are made on demand from the family files and registered with
-transformers' Auto classes by ``register_uneven_models``.
+attention back ends) is the stock model's. Classes are made from the family files and registered with transformers'
+Auto classes when one is first asked for (``secateur.autoload``), so transformers is imported inside the functions.
 """
 
 from __future__ import annotations
@@ -21,15 +21,26 @@ def _accept_any_sizes(config: Any) -> None:
 
 
 @cache
-def uneven_classes(model_type: str) -> tuple[Any, Any, Any]:
-    """Return (configuration, base model, causal language model) classes for a stock model type."""
-    from huggingface_hub.dataclasses import strict
+def uneven_models(model_type: str) -> tuple[Any, Any]:
+    """Return the (base model, causal language model) classes for a stock model type."""
     from transformers.models.auto.configuration_auto import CONFIG_MAPPING
     from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING, MODEL_MAPPING
 
+    stock, config_class = CONFIG_MAPPING[model_type], uneven_config(model_type)
+    base = _uneven_model(MODEL_MAPPING[stock], config_class, model_type)
+    causal = _uneven_model(MODEL_FOR_CAUSAL_LM_MAPPING[stock], config_class, model_type)
+    return base, causal
+
+
+@cache
+def uneven_config(model_type: str) -> Any:
+    """Return the configuration class for a stock model type; loads no modelling code."""
+    from huggingface_hub.dataclasses import strict
+    from transformers.models.auto.configuration_auto import CONFIG_MAPPING
+
     stock_config = CONFIG_MAPPING[model_type]
     name = stock_config.__name__.removesuffix("Config")
-    config_class = strict(
+    return strict(
         type(
             f"Pruned{name}Config",
             (stock_config,),
@@ -42,9 +53,6 @@ def uneven_classes(model_type: str) -> tuple[Any, Any, Any]:
             },
         )
     )
-    base = _uneven_model(MODEL_MAPPING[stock_config], config_class, model_type)
-    causal = _uneven_model(MODEL_FOR_CAUSAL_LM_MAPPING[stock_config], config_class, model_type)
-    return config_class, base, causal
 
 
 def _uneven_model(stock_model: Any, config_class: Any, model_type: str) -> Any:
@@ -97,7 +105,8 @@ def register_uneven_models() -> None:
 
     for family in families().values():
         for model_type in family.model_types:
-            config_class, base, causal = uneven_classes(model_type)
+            config_class = uneven_config(model_type)
+            base, causal = uneven_models(model_type)
             AutoConfig.register(config_class.model_type, config_class, exist_ok=True)
             AutoModel.register(config_class, base, exist_ok=True)
             AutoModelForCausalLM.register(config_class, causal, exist_ok=True)

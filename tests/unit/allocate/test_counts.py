@@ -10,9 +10,9 @@ import torch
 from torch import Tensor
 
 from secateur.allocate.counts import (
+    floor_count,
     global_counts,
     keep_best,
-    floor_count,
     round_to_multiple,
     threshold_counts,
     uniform_count,
@@ -83,7 +83,9 @@ def test_a_ratio_that_rounds_to_nothing_is_refused() -> None:
 
 def test_a_ratio_that_leaves_nothing_is_refused() -> None:
     """Removing everything is not pruning; the reachable counts are listed."""
-    with pytest.raises(PlanError, match=r"removing 0\.95 of 64 ffn_channels leaves none \(kept .* Allowed .*: 32 \(ratio 0\.5\)"):
+    with pytest.raises(
+        PlanError, match=r"removing 0\.95 of 64 ffn_channels leaves none \(kept .* Allowed .*: 32 \(ratio 0\.5\)"
+    ):
         count(0.95, 64, 32)
 
 
@@ -124,9 +126,7 @@ def test_a_threshold_counts_what_is_above_it() -> None:
 
 def ranked(scores: list[Tensor], removed: int, multiple: int = 1, min_keep_ratio: float = 0.01) -> list[int]:
     """Return the counts of a global ranking."""
-    return global_counts(
-        scores, removed, min_keep_ratio=min_keep_ratio, multiple=multiple, kind="ffn_channel"
-    )
+    return global_counts(scores, removed, min_keep_ratio=min_keep_ratio, multiple=multiple, kind="ffn_channel")
 
 
 def test_the_lowest_of_the_whole_model_go() -> None:

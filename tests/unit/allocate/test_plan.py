@@ -189,9 +189,7 @@ def test_wide_models_are_cut_in_steps_of_32() -> None:
     """From a width of 512 on, in multiples of 32, kept widths are multiples of 32; narrower ones are cut exactly."""
     wide = plan({"channels": 0.1}, channels=(512, 512))
     assert counts(wide, FFN_CHANNEL) == [448, 448]
-    assert wide.notes == (
-        "asked to remove 10.00% of ffn_channels; 12.50% go, because kept counts are multiples of 32",
-    )
+    assert wide.notes == ("asked to remove 10.00% of ffn_channels; 12.50% go, because kept counts are multiples of 32",)
     assert counts(plan({"channels": 0.1}, channels=(512, 512), multiple_of=1), FFN_CHANNEL) == [461, 461]
     assert counts(plan({"channels": 0.1}, channels=(500, 500)), FFN_CHANNEL) == [450, 450]
     assert counts(plan({"channels": 0.1}, channels=(520, 520)), FFN_CHANNEL) == [468, 468]
@@ -208,20 +206,29 @@ def test_groups_are_never_rounded_to_multiples() -> None:
     ("budget", "kinds", "request_", "words"),
     [
         ({"channels": 0.001}, FFN, {}, "removing 0.001 of 40 ffn_channels rounds to none"),
-        ({"channels": 0.001}, FFN, {"shape": "uneven"}, "removing 0.001 of 80 ffn_channels rounds to none. Ask for more"),
-        ({"channels": 0.05}, FFN, {"shape": "uneven", "multiple_of": 20}, "removing 0.05 of 80 ffn_channels rounds to no"),
+        ({"channels": 0.001}, FFN, {"shape": "uneven"}, "removing 0.001 of 80 ffn_channels rounds to none. Ask"),
+        ({"channels": 0.05}, FFN, {"shape": "uneven", "multiple_of": 20}, "removing 0.05 of 80 ffn_channels rounds"),
         ({"groups": 0.01}, GROUPS, {}, "removing 0.01 of 6 gqa_groups rounds to none"),
         ({"channels": 0.99}, FFN, {}, "removing 0.99 of 40 ffn_channels leaves none"),
-        ({"groups": 0.2}, GROUPS, {}, "leaves 5 per layer, which this family's configuration refuses. Allowed counts to"
-         " keep: 4 (ratio 0.3333), 3 (ratio 0.5), 2 (ratio 0.6667), 1 (ratio 0.8333). Or use shape: uneven."),
-        ({"channels": 0.95}, FFN, {"shape": "uneven"}, "the budget removes 76 ffn_channels, but with min_keep_ratio 0.1 "
-         "at most 72 of 80 can go"),
+        (
+            {"groups": 0.2},
+            GROUPS,
+            {},
+            "leaves 5 per layer, which this family's configuration refuses. Allowed counts to"
+            " keep: 4 (ratio 0.3333), 3 (ratio 0.5), 2 (ratio 0.6667), 1 (ratio 0.8333). Or use shape: uneven.",
+        ),
+        (
+            {"channels": 0.95},
+            FFN,
+            {"shape": "uneven"},
+            "the budget removes 76 ffn_channels, but with min_keep_ratio 0.1 at most 72 of 80 can go",
+        ),
         ({"parameters": 0.9}, FFN, {}, "but the units that may be cut (ffn_channel) own 11,520. Lower the budget"),
         ({"parameters": 0.00001}, FFN, {}, "budget {'parameters': 1e-05} removes nothing"),
         ({"bytes": 1e9}, FFN, {}, "which is not more than the target of 1,000,000,000. Ask for a smaller target"),
         ({"bytes": 10.0}, FFN, {}, "but the units that may be cut (ffn_channel) own 11,520"),
     ],
-)  # fmt: skip
+)
 def test_budgets_that_cannot_be_met_are_refused(
     budget: dict[str, float], kinds: list[str], request_: dict[str, Any], words: str
 ) -> None:

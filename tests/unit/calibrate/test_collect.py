@@ -105,8 +105,8 @@ def assert_same(first: BucketStatistics, second: BucketStatistics, rtol: float =
     for key, moments in first.moments.items():
         other = second.moments[key]
         assert moments.count == other.count
-        for a, b in zip((moments.sum, moments.sum_abs, moments.sum_sq), (other.sum, other.sum_abs, other.sum_sq)):
-            torch.testing.assert_close(a, b, rtol=rtol, atol=rtol)
+        for field in ("sum", "sum_abs", "sum_sq"):
+            torch.testing.assert_close(getattr(moments, field), getattr(other, field), rtol=rtol, atol=rtol)
     assert first.linear_abs.keys() == second.linear_abs.keys()
     for key, total in first.linear_abs.items():
         torch.testing.assert_close(total, second.linear_abs[key], rtol=rtol, atol=rtol)

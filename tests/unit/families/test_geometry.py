@@ -133,9 +133,7 @@ def test_per_layer_overrides_are_honoured() -> None:
 
 def test_a_size_that_only_layers_have_is_taken_from_the_first_of_them() -> None:
     """A configuration may leave a size out when every layer says its own."""
-    geometry = llama(
-        intermediate_size=None, per_layer_config={str(i): {"intermediate_size": 40 + i} for i in range(3)}
-    )
+    geometry = llama(intermediate_size=None, per_layer_config={str(i): {"intermediate_size": 40 + i} for i in range(3)})
     assert [axis.num_units for axis in geometry.axes["ffn_channel"]] == [40, 41, 42]
 
 
@@ -189,7 +187,11 @@ def test_parameters_belong_to_parts(name: str, part: str) -> None:
 
 def test_parameters_are_added_up_by_part() -> None:
     """Every part is in the table, also an empty one."""
-    shapes = {"model.embed_tokens.weight": (100, 64), "model.layers.0.mlp.up_proj.weight": (160, 64), "model.norm": (64,)}
+    shapes = {
+        "model.embed_tokens.weight": (100, 64),
+        "model.layers.0.mlp.up_proj.weight": (160, 64),
+        "model.norm": (64,),
+    }
     assert parameters_by_part(shapes, llama()) == {
         "embedding": 6400,
         "attention": 0,

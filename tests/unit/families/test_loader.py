@@ -97,5 +97,5 @@ def test_an_unknown_model_type_suggests_and_lists() -> None:
 
 def test_an_unknown_family_name_suggests_too() -> None:
     """The registry itself refuses in the same way."""
-    with pytest.raises(FamilyError, match="unknown model family 'gpt_2'. Did you mean 'gpt2'"):
+    with pytest.raises(FamilyError, match=r"unknown model family 'gpt_2'. Did you mean 'gpt2'"):
         families()["gpt_2"]

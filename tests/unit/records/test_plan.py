@@ -151,7 +151,7 @@ def test_a_missing_key_is_refused(key: str) -> None:
 )
 def test_a_plan_edited_into_nonsense_is_refused(data: dict[str, Any]) -> None:
     """Wrong types never get as far as the weights."""
-    with pytest.raises(PlanError, match="not a plan that secateur wrote|cannot read"):
+    with pytest.raises(PlanError, match=r"not a plan that secateur wrote|cannot read"):
         Plan.from_dict(data)
 
 

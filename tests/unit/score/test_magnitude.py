@@ -18,9 +18,7 @@ def test_norm_over_slices_equals_a_loop() -> None:
     """Squares add up over rows, columns and biases, in float64."""
     generator = torch.Generator().manual_seed(0)
     slices = [torch.randn(4, size, generator=generator) for size in (5, 5, 1, 7)]
-    expected = [
-        math.sqrt(sum(float(weight) ** 2 for matrix in slices for weight in matrix[unit])) for unit in range(4)
-    ]
+    expected = [math.sqrt(sum(float(weight) ** 2 for matrix in slices for weight in matrix[unit])) for unit in range(4)]
     scores = magnitude(evidence(torch.zeros(1, 4), load_weights=lambda: slices))
     assert scores.dtype == torch.float64
     assert scores.tolist() == pytest.approx(expected, rel=1e-12)

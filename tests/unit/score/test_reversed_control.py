@@ -30,7 +30,7 @@ def test_any_method_can_be_reversed() -> None:
 
 def test_an_unknown_method_is_refused_before_anything_is_scored() -> None:
     """The option is checked with the others; the nearest method is suggested."""
-    with pytest.raises(ConfigError, match="'magnitud'.* Did you mean 'magnitude'"):
+    with pytest.raises(ConfigError, match=r"'magnitud'.* Did you mean 'magnitude'"):
         METHODS["reversed"].check_options({"of": "magnitud"})
-    with pytest.raises(ConfigError, match="'magnitud'.* Did you mean 'magnitude'"):
+    with pytest.raises(ConfigError, match=r"'magnitud'.* Did you mean 'magnitude'"):
         reversed_scores(evidence(TOKENS), of="magnitud")

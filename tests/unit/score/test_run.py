@@ -100,7 +100,7 @@ def test_the_seed_reaches_methods_that_draw() -> None:
 def test_unknown_methods_and_options_are_refused_before_scoring() -> None:
     """Both name what is known."""
     _, geometry, statistics = calibrated("llama")
-    with pytest.raises(ConfigError, match="unknown method 'contextul'. Did you mean 'contextual'"):
+    with pytest.raises(ConfigError, match=r"unknown method 'contextul'. Did you mean 'contextual'"):
         score_units("contextul", statistics, geometry, ["ffn_channel"], load_tensor=refuse)
     with pytest.raises(ConfigError, match="unknown option of method contextual 'ta'"):
         score_units("contextual", statistics, geometry, ["ffn_channel"], load_tensor=refuse, options={"ta": 1})
@@ -120,7 +120,9 @@ def test_scores_that_are_not_finite_are_refused() -> None:
     broken = state["model.layers.1.mlp.up_proj.weight"].clone()
     broken[3, 4] = torch.nan
     state["model.layers.1.mlp.up_proj.weight"] = broken
-    with pytest.raises(CheckpointError, match="method magnitude gave scores that are not finite.*ffn_channels of layer 1"):
+    with pytest.raises(
+        CheckpointError, match=r"method magnitude gave scores that are not finite.*ffn_channels of layer 1"
+    ):
         score_units("magnitude", statistics, geometry, ["ffn_channel"], load_tensor=state.get)
     moments = statistics.moments[0, "ffn_channel"]
     empty = replace(statistics, moments={**statistics.moments, (0, "ffn_channel"): replace(moments, count=0)})

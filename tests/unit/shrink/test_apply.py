@@ -40,9 +40,15 @@ def test_rows_and_columns_of_removed_units_go_and_nothing_else_changes() -> None
     expected = {
         layer + "mlp.gate_proj.weight": before[layer + "mlp.gate_proj.weight"][[1, 5, 63]],
         layer + "mlp.down_proj.weight": before[layer + "mlp.down_proj.weight"][:, [1, 5, 63]],
-        layer + "self_attn.q_proj.weight": before[layer + "self_attn.q_proj.weight"].view(3, 16, 48)[[0, 2]].flatten(0, 1),
-        layer + "self_attn.k_proj.weight": before[layer + "self_attn.k_proj.weight"].view(3, 8, 48)[[0, 2]].flatten(0, 1),
-        layer + "self_attn.o_proj.weight": before[layer + "self_attn.o_proj.weight"].view(48, 3, 16)[:, [0, 2]].flatten(1),
+        layer + "self_attn.q_proj.weight": before[layer + "self_attn.q_proj.weight"]
+        .view(3, 16, 48)[[0, 2]]
+        .flatten(0, 1),
+        layer + "self_attn.k_proj.weight": before[layer + "self_attn.k_proj.weight"]
+        .view(3, 8, 48)[[0, 2]]
+        .flatten(0, 1),
+        layer + "self_attn.o_proj.weight": before[layer + "self_attn.o_proj.weight"]
+        .view(48, 3, 16)[:, [0, 2]]
+        .flatten(1),
     }
     for name, tensor in expected.items():
         assert torch.equal(after[name], tensor), name
@@ -181,9 +187,11 @@ def test_a_plan_for_another_model_is_refused() -> None:
     _, geometry = dense("llama")
     plan = plan_keeping(geometry, {FFN: [range(9)] * 2}, "uniform")
     check_plan(plan, geometry)
-    with pytest.raises(PlanError, match="the plan is for a llama model; this is a mistral model. Plan again"):
+    with pytest.raises(PlanError, match=r"the plan is for a llama model; this is a mistral model. Plan again"):
         check_plan(plan, dense("mistral")[1])
-    with pytest.raises(PlanError, match=r"expects ffn_channel counts \[64, 64\].* in 2 layers; the model has \[32, 32\]"):
+    with pytest.raises(
+        PlanError, match=r"expects ffn_channel counts \[64, 64\].* in 2 layers; the model has \[32, 32\]"
+    ):
         check_plan(plan, dense("llama", intermediate_size=32)[1])
     with pytest.raises(PlanError, match=r"in 2 layers; the model has .* in 3\."):
         check_plan(plan, dense("llama", num_hidden_layers=3)[1])
@@ -195,7 +203,7 @@ def test_a_plan_for_another_model_is_refused() -> None:
 def test_units_that_cannot_be_cut_are_refused() -> None:
     """A plan written by hand cannot remove what the family says is fixed."""
     model, geometry = dense("gpt2")
-    with pytest.raises(FamilyError, match="gqa_group.*GPT-2 derives the width of a head"):
+    with pytest.raises(FamilyError, match=r"gqa_group.*GPT-2 derives the width of a head"):
         shrunk(model, plan_keeping(geometry, {GROUPS: [range(5)] * 2}, "uniform"), geometry)
     shrunk(model, plan_keeping(geometry, {GROUPS: [range(6)] * 2}, "uniform"), geometry)
 

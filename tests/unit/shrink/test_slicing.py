@@ -42,7 +42,7 @@ def test_a_family_file_that_contradicts_the_weights_is_noticed(
 
 
 def test_constants_are_folded_as_the_matrix_product_says() -> None:
-    """bias + columns @ values, accumulated in float64, given back in the bias's dtype."""
+    """Bias + columns @ values, accumulated in float64, given back in the bias's dtype."""
     bias, columns = torch.tensor([1.0, 2.0]), torch.tensor([[1.0, 10.0, 0.0], [0.5, 0.0, -1.0]])
     folded = fold_constants(bias, columns, [2.0, 0.25, 4.0])
     assert folded.dtype == torch.float32

@@ -1,0 +1,66 @@
+"""The golden numbers: scores and a plan of every method on one seeded pico model and hand-made blocks, in float64."""
+
+from __future__ import annotations
+
+import zlib
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from secateur.allocate import Request, make_plan
+from secateur.calibrate import collect
+from secateur.errors import ConfigError
+from secateur.families.loader import families
+from secateur.records.units import UNIT_KINDS
+from secateur.score import METHODS, score_units
+from tests.blocks import hand_made_blocks
+from tests.conftest import geometry_of, pico_model
+from tests.variants import variants
+
+FILE = Path(__file__).parent / "methods.json"
+RELATIVE_TOLERANCE = 1e-9
+"""Float64 sums differ in their last bits between machines; anything above this is a change of meaning."""
+
+
+def golden_model() -> Any:
+    """Return the pico llama whose every parameter is drawn by its name, so that no release of a library moves it."""
+    model = pico_model(families()["llama"])
+    for name, parameter in model.named_parameters():
+        generator = torch.Generator().manual_seed(zlib.crc32(name.encode()))
+        parameter.data = torch.rand(parameter.shape, dtype=torch.float64, generator=generator) - 0.5
+    return model
+
+
+def compute() -> dict[str, Any]:
+    """Return scores and plans of every method, as plain data."""
+    model = golden_model()
+    geometry = geometry_of(model, families()["llama"])
+    statistics = collect(model, hand_made_blocks(), geometry)
+    shapes = {name: tuple(parameter.shape) for name, parameter in model.named_parameters()}
+    budgets = {kind: {key: 0.34} for kind, key in zip(UNIT_KINDS, ("channels", "groups"), strict=True)}
+    methods: dict[str, Any] = {}
+    for method in METHODS:
+        for options in variants(method):
+            entry: dict[str, Any] = {}
+            for kind in UNIT_KINDS:
+                try:
+                    scores = score_units(
+                        method, statistics, geometry, [kind], load_tensor=model.state_dict().get, options=options
+                    )
+                except ConfigError as error:
+                    entry[kind] = {"refused": str(error)}
+                    continue
+                plan = make_plan(scores, geometry, shapes, Request(budgets[kind], shape="uneven"))
+                entry[kind] = {
+                    "scores": [layer.tolist() for layer in scores.values[kind]],
+                    "keep": [layer["keep"] for layer in plan.to_dict()["layers"][kind]],
+                }
+            methods[" ".join([method, *(f"{key}={value}" for key, value in options.items())])] = entry
+    return {
+        "what": "scores and kept units (a third removed, ranked over the whole model) of a seeded pico llama",
+        "written_by": "make golden",
+        "relative_tolerance": RELATIVE_TOLERANCE,
+        "cosine_sum": statistics.cosine_sum.tolist(),
+        "methods": methods,
+    }
