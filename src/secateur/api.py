@@ -54,7 +54,7 @@ def run(
     if isinstance(recipe, str | Path):
         recipe = load_recipe(recipe, overrides)
     else:
-        data = recipe.model_dump(exclude_none=True) if isinstance(recipe, Recipe) else dict(recipe)
+        data = recipe.model_dump() if isinstance(recipe, Recipe) else dict(recipe)
         recipe = parse_recipe({**data, **overrides})
     return pipeline.run(recipe, until=until, progress=progress)
 
@@ -162,14 +162,15 @@ def plan(
 
 
 def shrink(model: Any, plan: Plan) -> Any:
-    """Return a new, physically smaller transformers model; the given one is left as it was.
+    """Return a new, physically smaller transformers model that shares no memory with the given one.
 
     Raises:
         PlanError: the plan was made for another model.
     """
     geometry = _geometry(model)
     config = shrink_config(model.config.to_dict(), plan, geometry)
-    return build_model(config, shrink_parameters(model.state_dict().items(), plan, geometry), model)
+    kept = shrink_parameters(model.state_dict().items(), plan, geometry)
+    return build_model(config, ((name, tensor.clone()) for name, tensor in kept), model)
 
 
 def evaluate(

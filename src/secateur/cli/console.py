@@ -3,8 +3,11 @@
 from __future__ import annotations
 
 import json
+import logging
+import os
 import sys
 import time
+import warnings
 from collections.abc import Iterator, Mapping
 from contextlib import AbstractContextManager, contextmanager
 from typing import Any
@@ -23,14 +26,8 @@ _QUIET_FOR_S = 2.0
 
 
 def quiet_libraries() -> None:
-    """Stop the libraries below from drawing their own bars and warnings over ours."""
-    import logging
-    import warnings
-
-    from transformers.utils import logging as transformers_logging
-
-    transformers_logging.set_verbosity_error()
-    transformers_logging.disable_progress_bar()
+    """Stop the libraries below from drawing their own bars and warnings over ours; call it before they are imported."""
+    os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")
     logging.getLogger("datasets").setLevel(logging.ERROR)
     warnings.filterwarnings("ignore", category=FutureWarning)
     warnings.filterwarnings("ignore", category=DeprecationWarning)
@@ -82,7 +79,7 @@ def describe_rate(done: int, total: int | None, unit: str, seconds: float) -> st
     if not done or seconds <= 0:
         return f"{done:,}/{total:,} {unit}"
     rate = done / seconds
-    left = round((total - done) / rate)
+    left = round(max(total - done, 0) / rate)
     shown = f"{rate / 1e6:,.1f} M{unit}" if rate >= 1e6 else f"{rate:,.0f} {unit}"
     return f"{done:,}/{total:,} {unit}, {shown}/s, {left // 60}:{left % 60:02d} left"
 

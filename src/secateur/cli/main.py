@@ -13,6 +13,7 @@ import click
 
 from secateur import __version__
 from secateur.errors import SecateurError
+from secateur.registry import unknown_name
 
 COMMANDS = {
     "run": "Do the whole job of a recipe: calibrate, plan, shrink, evaluate.",
@@ -32,9 +33,9 @@ class _LazyGroup(click.Group):
     def list_commands(self, ctx: click.Context) -> list[str]:
         return list(COMMANDS)
 
-    def get_command(self, ctx: click.Context, cmd_name: str) -> click.Command | None:
+    def get_command(self, ctx: click.Context, cmd_name: str) -> click.Command:
         if cmd_name not in COMMANDS:
-            return None
+            raise click.UsageError(unknown_name("command", cmd_name, COMMANDS), ctx)
         module = importlib.import_module(f"secateur.cli.{cmd_name}_command")
         command: click.Command = module.command
         command.short_help = COMMANDS[cmd_name]
@@ -51,14 +52,11 @@ def main(arguments: list[str] | None = None) -> None:
     """Run the command line and exit.
 
     Args:
-        arguments: without the program's name; None takes the process's own.
+        arguments: without the program's name; None takes the process's own. Without any, the help is shown.
     """
-    arguments = sys.argv[1:] if arguments is None else arguments
+    arguments = (sys.argv[1:] if arguments is None else arguments) or ["--help"]
     try:
-        cli.main(arguments, prog_name="secateur", standalone_mode=False)
-        code = 0
-    except click.exceptions.Exit as stop:
-        code = stop.exit_code
+        code = cli.main(arguments, prog_name="secateur", standalone_mode=False) or 0
     except click.ClickException as error:
         code = _fail(error.format_message(), type(error).__name__, arguments)
         if isinstance(error, click.UsageError) and error.ctx is not None:

@@ -50,6 +50,11 @@ def dense_model_type(model_type: str) -> str:
     return model_type.removeprefix(UNEVEN_PREFIX)
 
 
+def is_supported(model_type: str) -> bool:
+    """Return whether a family covers a configuration's ``model_type``."""
+    return any(dense_model_type(model_type) in family.model_types for family in families().values())
+
+
 def family_of(model_type: str) -> Family:
     """Return the family of a configuration's ``model_type``.
 

@@ -21,9 +21,12 @@ class Table:
 
     def markdown(self) -> str:
         """Return the table in GitHub Markdown."""
-        head = "| " + " | ".join(self.columns) + " |"
         rule = "|" + "|".join("---" if i == 0 else "---:" for i in range(len(self.columns))) + "|"
-        return "\n".join([head, rule, *("| " + " | ".join(row) + " |" for row in self.rows)])
+        return "\n".join([_markdown_row(self.columns), rule, *map(_markdown_row, self.rows)])
+
+
+def _markdown_row(cells: Sequence[str]) -> str:
+    return "| " + " | ".join(cell.replace("|", r"\|") for cell in cells) + " |"
 
 
 def format_count(count: int | float) -> str:

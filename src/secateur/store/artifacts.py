@@ -58,7 +58,7 @@ def atomic_folder(target: Path) -> Iterator[Path]:
 
 
 def _put_in_place(work: Path, target: Path) -> None:
-    """Rename ``work`` to ``target``; an earlier ``target`` goes only after that worked, and comes back if it did not."""
+    """Rename ``work`` to ``target``; an earlier ``target`` goes after that, and comes back if it did not work."""
     old = target.with_name(f".{target.name}-old-{os.getpid()}")
     try:
         if target.exists():

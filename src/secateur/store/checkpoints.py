@@ -7,24 +7,24 @@ from __future__ import annotations
 
 import copy
 import hashlib
+import importlib.metadata
 import json
 import os
 import shutil
-from collections.abc import Iterable, Mapping
-from contextlib import suppress
+from collections.abc import Iterable, Iterator, Mapping
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import torch
 import yaml
-from huggingface_hub.errors import StrictDataclassError
 from safetensors import SafetensorError
 from torch import Tensor, nn
 
 from secateur.errors import CheckpointError, ExportError, PlanError, UnavailableError
 from secateur.families.geometry import Geometry, build_geometry
-from secateur.families.loader import family_of
+from secateur.families.loader import family_of, is_supported
 from secateur.files import cache_folder
 from secateur.store.artifacts import atomic_folder, digest, disk_errors, write_json, write_text
 
@@ -94,29 +94,22 @@ def resolve_model(spec: str, *, trust_remote_code: bool = False) -> Checkpoint:
 
 
 def _describe(spec: str, folder: Path, trust_remote_code: bool) -> Checkpoint:
-    from transformers import AutoConfig
-
     raw = _read_config(folder)
-    family = family_of(str(raw.get("model_type")))
-    if raw.get("auto_map") and str(raw.get("model_type")) not in _registered_types() and not trust_remote_code:
+    model_type = str(raw.get("model_type"))
+    if raw.get("auto_map") and not is_supported(model_type) and not trust_remote_code:
         raise CheckpointError(f"model {spec} needs its own Python code. If you trust it, set trust_remote_code: true.")
+    family = family_of(model_type)
     _refuse_pickles(spec, folder)
     files = sorted(folder.glob("*.safetensors"))
     stored = {name: entry for file in files for name, entry in _safetensors_header(file).items()}
-    try:
-        config = AutoConfig.from_pretrained(folder, trust_remote_code=trust_remote_code)
-        shapes = _parameter_shapes(config, folder, trust_remote_code)
-    except (StrictDataclassError, OSError, RuntimeError, ValueError, TypeError, KeyError, AttributeError) as error:
-        raise CheckpointError(
-            f"transformers refuses {folder / 'config.json'}: {error} Correct it, or fetch the model again."
-        ) from None
+    anatomy = _remembered_anatomy(folder, raw, trust_remote_code)
+    shapes = {name: tuple(shape) for name, shape in anatomy["shapes"].items()}
     _require_shapes(spec, shapes, stored)
-    plain = config.to_dict()
     return Checkpoint(
         spec=spec,
         folder=folder,
-        config=plain,
-        geometry=build_geometry(family, plain),
+        config=anatomy["config"],
+        geometry=build_geometry(family, anatomy["config"]),
         shapes=shapes,
         dtype=_stored_dtype(stored),
         size_bytes=sum(file.stat().st_size for file in files),
@@ -133,32 +126,51 @@ def _require_shapes(spec: str, shapes: Mapping[str, tuple[int, ...]], stored: Ma
             )
 
 
-def _parameter_shapes(config: Any, folder: Path, trust_remote_code: bool) -> dict[str, tuple[int, ...]]:
-    """Return the model's parameters by name, tied ones once, from its empty form.
+def _remembered_anatomy(folder: Path, raw: Mapping[str, Any], trust_remote_code: bool) -> dict[str, Any]:
+    """Return the full configuration and the parameters' shapes (tied ones once).
 
-    Building even an empty model imports the modelling code, which takes seconds; the answer is remembered per
-    configuration in the user's cache folder.
+    Both come from transformers, whose configuration and modelling code takes seconds to import; the answer is
+    remembered per configuration and transformers version in the user's cache folder.
     """
-    import transformers
-
-    key = digest((folder / "config.json").read_text(encoding="utf-8"), transformers.__version__)
-    file = cache_folder() / "shapes" / f"{key}.json"
+    key = digest(raw, importlib.metadata.version("transformers"))
+    file = cache_folder() / "models" / f"{key}.json"
     remembered = _read_memory(file)
     if not remembered:
-        from transformers import AutoModelForCausalLM
+        remembered = _anatomy(folder, trust_remote_code)
+        _remember(file, remembered)
+    return remembered
 
+
+def _anatomy(folder: Path, trust_remote_code: bool) -> dict[str, Any]:
+    from huggingface_hub.errors import StrictDataclassError
+    from transformers import AutoConfig, AutoModelForCausalLM
+
+    try:
+        config = AutoConfig.from_pretrained(folder, trust_remote_code=trust_remote_code)
         with torch.device("meta"):
             empty = AutoModelForCausalLM.from_config(config, trust_remote_code=trust_remote_code)
-        remembered = {name: list(parameter.shape) for name, parameter in empty.named_parameters()}
-        _remember(file, remembered)
-    return {name: tuple(shape) for name, shape in remembered.items()}
+    except (StrictDataclassError, OSError, RuntimeError, ValueError, TypeError, KeyError, AttributeError) as error:
+        raise CheckpointError(
+            f"transformers refuses {folder / 'config.json'}: {error} Correct it, or fetch the model again."
+        ) from None
+    return {
+        "config": config.to_dict(),
+        "shapes": {name: list(parameter.shape) for name, parameter in empty.named_parameters()},
+    }
 
 
-def _registered_types() -> Iterable[str]:
-    from transformers.models.auto.configuration_auto import CONFIG_MAPPING
+@contextmanager
+def _without_bars() -> Iterator[None]:
+    """Keep transformers from drawing its progress bars over ours."""
+    from transformers.utils import logging
 
-    keys: Iterable[str] = CONFIG_MAPPING.keys()
-    return keys
+    active = logging.is_progress_bar_enabled()
+    logging.disable_progress_bar()
+    try:
+        yield
+    finally:
+        if active:
+            logging.enable_progress_bar()
 
 
 def _read_config(folder: Path) -> dict[str, Any]:
@@ -246,7 +258,7 @@ def _dequantised(path: Path) -> Path:
     from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer
 
     try:
-        with disk_errors(folder), atomic_folder(folder) as work:
+        with disk_errors(folder), atomic_folder(folder) as work, _without_bars():
             loaded = AutoModelForCausalLM.from_pretrained(path.parent, gguf_file=path.name, dtype=torch.float32)
             data = loaded.config.to_dict()
             data.pop("quantization_config", None)
@@ -363,13 +375,14 @@ def load_model(
 
     place = choose_device(device)
     try:
-        model, report = AutoModelForCausalLM.from_pretrained(
-            checkpoint.folder,
-            dtype=choose_dtype(dtype, checkpoint.dtype, place),
-            use_safetensors=True,
-            trust_remote_code=trust_remote_code,
-            output_loading_info=True,
-        )
+        with _without_bars():
+            model, report = AutoModelForCausalLM.from_pretrained(
+                checkpoint.folder,
+                dtype=choose_dtype(dtype, checkpoint.dtype, place),
+                use_safetensors=True,
+                trust_remote_code=trust_remote_code,
+                output_loading_info=True,
+            )
     except (SafetensorError, OSError, RuntimeError, ValueError) as error:
         raise CheckpointError(f"model {checkpoint.spec} could not be loaded: {error} Fetch it again.") from None
     missing = sorted(report["missing_keys"])
@@ -465,7 +478,8 @@ def save_model(model: Any, folder: Path) -> None:
     ``rope_theta`` is written beside ``rope_parameters``: older transformers read only the former, and would silently
     use another value.
     """
-    model.save_pretrained(folder)
+    with _without_bars():
+        model.save_pretrained(folder)
     file = folder / "config.json"
     config = json.loads(file.read_text(encoding="utf-8"))
     rope = config.get("rope_parameters")
@@ -495,9 +509,10 @@ def compare_reloaded(model: Any, folder: Path, inputs: Mapping[str, Any], *, tol
     from transformers import AutoModelForCausalLM
 
     try:
-        reloaded, report = AutoModelForCausalLM.from_pretrained(
-            folder, dtype=model.dtype, use_safetensors=True, output_loading_info=True
-        )
+        with _without_bars():
+            reloaded, report = AutoModelForCausalLM.from_pretrained(
+                folder, dtype=model.dtype, use_safetensors=True, output_loading_info=True
+            )
     except (SafetensorError, OSError, RuntimeError, ValueError) as error:
         raise ExportError(f"the saved model does not load again: {error}") from None
     if report["missing_keys"] or report["unexpected_keys"]:
