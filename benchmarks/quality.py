@@ -78,9 +78,8 @@ class _Bench:
         return found
 
     def plan(self, statistics: Statistics, row: Row) -> Plan:
-        return secateur.plan(
-            self.model, statistics, budget=BUDGET, buckets=[row.calibrated_on], **{"method": "contextual", **row.options}
-        )
+        options = {"method": "contextual", **row.options}
+        return secateur.plan(self.model, statistics, budget=BUDGET, buckets=[row.calibrated_on], **options)
 
 
 def _cells(scores: Mapping[str, TextScore], dense: Mapping[str, TextScore]) -> str:
@@ -88,7 +87,8 @@ def _cells(scores: Mapping[str, TextScore], dense: Mapping[str, TextScore]) -> s
     for domain, score in scores.items():
         difference = paired_difference(score, dense[domain])
         ratio = math.exp(difference.mean)
-        cells.append(f"{with_error(score.perplexity, score.perplexity_stderr)} | {ratio:.3f} ± {ratio * difference.stderr:.3f}")
+        perplexity = with_error(score.perplexity, score.perplexity_stderr)
+        cells.append(f"{perplexity} | {ratio:.3f} ± {ratio * difference.stderr:.3f}")
     return " | ".join(cells)
 
 

@@ -1,7 +1,6 @@
 """Write the pages that can rot: methods, families and commands, from the code itself.
 
-    python docs/generate.py           write them
-    python docs/generate.py --check   fail if one is stale
+``python docs/generate.py`` writes them; with ``--check`` it fails if one is stale.
 """
 
 from __future__ import annotations

@@ -26,7 +26,7 @@ def round_to_multiple(count: int, multiple: int, *, limit: int) -> int:
     return min(limit, max(min(multiple, limit), nearest))
 
 
-def keep_best(scores: Float64[Tensor, "units"], count: int) -> tuple[int, ...]:
+def keep_best(scores: Float64[Tensor, " units"], count: int) -> tuple[int, ...]:
     """Return the indices of the ``count`` highest scores, ascending; among equals the lower index stays."""
     order = torch.argsort(scores, descending=True, stable=True)
     return tuple(sorted(order[:count].tolist()))
@@ -74,13 +74,13 @@ def _spread(values: Sequence[int]) -> list[int]:
     return [values[round(i * (len(values) - 1) / 7)] for i in range(8)]
 
 
-def threshold_counts(scores: Sequence[Float64[Tensor, "_units"]], threshold: float) -> list[int]:
+def threshold_counts(scores: Sequence[Float64[Tensor, " _units"]], threshold: float) -> list[int]:
     """Return, per layer, how many units score above ``threshold`` (those at or below it go)."""
     return [int((layer > threshold).sum()) for layer in scores]
 
 
 def global_counts(
-    scores: Sequence[Float64[Tensor, "_units"]], num_removed: int, *, min_keep_ratio: float, multiple: int, kind: str
+    scores: Sequence[Float64[Tensor, " _units"]], num_removed: int, *, min_keep_ratio: float, multiple: int, kind: str
 ) -> list[int]:
     """Return, per layer, how many units stay when the ``num_removed`` lowest of the whole model go.
 

@@ -134,7 +134,7 @@ def same_size_plan(plan: Plan, scores: Scores) -> Plan:
     return replace(plan, layers=layers, method=scores.method, options=dict(scores.options))
 
 
-def _layer_plan(scores: Float64[Tensor, "_units"], count: int) -> LayerPlan:
+def _layer_plan(scores: Float64[Tensor, " _units"], count: int) -> LayerPlan:
     keep = keep_best(scores, count)
     gone = sorted(set(range(len(scores))) - set(keep))
     return LayerPlan(

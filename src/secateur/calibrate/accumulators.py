@@ -18,7 +18,7 @@ def _wide(values: Tensor) -> Tensor:
     return values if values.dtype in (torch.float32, torch.float64) else values.float()
 
 
-def sum_abs(values: Float[Tensor, "tokens channels"]) -> Float64[Tensor, "channels"]:
+def sum_abs(values: Float[Tensor, "tokens channels"]) -> Float64[Tensor, " channels"]:
     """Return the sum over tokens of |x|."""
     return _wide(values).abs().sum(0).double()
 
@@ -56,6 +56,6 @@ class MomentSums:
         return self._total is None or bool(torch.isfinite(self._total.sum_sq).all())
 
 
-def count_tokens(token_ids: Int64[Tensor, "tokens"], vocab_size: int) -> Int64[Tensor, "vocab"]:
+def count_tokens(token_ids: Int64[Tensor, " tokens"], vocab_size: int) -> Int64[Tensor, " vocab"]:
     """Return how often each token id occurs."""
     return torch.bincount(token_ids, minlength=vocab_size)

@@ -31,7 +31,7 @@ def predicted(batch: BlockBatch) -> Bool[Tensor, "batch seq"]:
 
 def token_nll(
     logits: Float[Tensor, "batch seq vocab"], input_ids: Int64[Tensor, "batch seq"], wanted: Bool[Tensor, "batch seq"]
-) -> Float[Tensor, "tokens"]:
+) -> Float[Tensor, " tokens"]:
     """Return -log p of each wanted token given the logits one position before it, in row order, in nats.
 
     One row at a time, so that the float32 copy of the logits never exceeds one block.

@@ -45,7 +45,7 @@ class TokenBlocks(Protocol):
 
     fingerprint: str
     """Identifies the text and the tokenizer."""
-    documents: Int64[Tensor, "documents"]
+    documents: Int64[Tensor, " documents"]
     """63-bit hashes of its documents, in document-index order."""
     num_tokens: int
     """Real tokens in total."""

@@ -25,5 +25,5 @@ class Scores:
     method: str
     options: Mapping[str, Any]
     buckets: Sequence[str]
-    values: Mapping[str, Sequence[Float64[Tensor, "_units"]]]
+    values: Mapping[str, Sequence[Float64[Tensor, " _units"]]]
     inputs_fingerprint: str = ""

@@ -21,9 +21,9 @@ class Moments:
     """Sums over ``count`` tokens of x, |x| and x^2, one value per channel."""
 
     count: int
-    sum: Float64[Tensor, "channels"]
-    sum_abs: Float64[Tensor, "channels"]
-    sum_sq: Float64[Tensor, "channels"]
+    sum: Float64[Tensor, " channels"]
+    sum_abs: Float64[Tensor, " channels"]
+    sum_sq: Float64[Tensor, " channels"]
 
     def __add__(self, other: Moments) -> Moments:
         return Moments(
@@ -56,11 +56,11 @@ class BucketStatistics:
 
     num_tokens: int
     num_blocks: int
-    token_counts: Int64[Tensor, "vocab"]
+    token_counts: Int64[Tensor, " vocab"]
     moments: Mapping[SiteKey, Moments]
-    linear_abs: Mapping[SiteKey, Float64[Tensor, "channels"]]
-    cosine_sum: Float64[Tensor, "layers"]
-    documents: Int64[Tensor, "documents"]
+    linear_abs: Mapping[SiteKey, Float64[Tensor, " channels"]]
+    cosine_sum: Float64[Tensor, " layers"]
+    documents: Int64[Tensor, " documents"]
     corpus_fingerprint: str
     tokens_per_s: float = 0.0
 

@@ -32,7 +32,7 @@ from secateur.score.method import Evidence, register
 )
 def contextual(
     evidence: Evidence, /, *, at: Literal["activation", "linear"] = "activation"
-) -> Float64[Tensor, "units"]:
+) -> Float64[Tensor, " units"]:
     """Return the mean absolute activation per unit, in units of the activation itself.
 
     Args:

@@ -22,7 +22,7 @@ from secateur.score.method import Evidence, register
     caveat="blind to the data: can be far worse than random on gated models",
     source="Han et al. 2015, arXiv 1506.02626; grouped as in LLM-Pruner, arXiv 2305.11627",
 )
-def magnitude(evidence: Evidence, /) -> Float64[Tensor, "units"]:
+def magnitude(evidence: Evidence, /) -> Float64[Tensor, " units"]:
     """Return the Euclidean norm of each unit's coupled weights and biases."""
     squares = [slice_.double().pow(2).sum(1) for slice_ in evidence.load_weights()]
     return torch.stack(squares).sum(0).sqrt()

@@ -34,7 +34,7 @@ class Evidence:
     num_units: int
     width: int
     moments: Moments
-    linear_abs: Sequence[Float64[Tensor, "units"]]
+    linear_abs: Sequence[Float64[Tensor, " units"]]
     load_weights: Callable[[], Sequence[Float[Tensor, "units _elements"]]]
     seed: int
 

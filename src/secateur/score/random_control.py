@@ -24,7 +24,7 @@ from secateur.score.method import Evidence, register
     source="control",
     control=True,
 )
-def random(evidence: Evidence, /) -> Float64[Tensor, "units"]:
+def random(evidence: Evidence, /) -> Float64[Tensor, " units"]:
     """Return one uniform number per unit; the same seed gives the same numbers on every machine."""
     place = f"{evidence.seed}/{evidence.kind}/{evidence.layer}"
     generator = torch.Generator().manual_seed(zlib.crc32(place.encode()))

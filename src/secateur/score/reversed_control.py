@@ -23,7 +23,7 @@ from secateur.score.method import METHODS, Evidence, register
     source="control",
     control=True,
 )
-def reversed_scores(evidence: Evidence, /, *, of: Annotated[str, METHODS] = "contextual") -> Float64[Tensor, "units"]:
+def reversed_scores(evidence: Evidence, /, *, of: Annotated[str, METHODS] = "contextual") -> Float64[Tensor, " units"]:
     """Return minus the scores of method ``of`` with its default options.
 
     Raises:

@@ -14,7 +14,7 @@ from torch import Tensor
 from secateur.families.geometry import Segment
 
 
-def kept_rows(segments: Sequence[tuple[Segment, int, Sequence[int]]], num_rows: int) -> Int64[Tensor, "rows"]:
+def kept_rows(segments: Sequence[tuple[Segment, int, Sequence[int]]], num_rows: int) -> Int64[Tensor, " rows"]:
     """Return the indices that stay along a dimension of ``num_rows``.
 
     Args:
@@ -38,8 +38,8 @@ def kept_rows(segments: Sequence[tuple[Segment, int, Sequence[int]]], num_rows: 
 
 
 def fold_constants(
-    bias: Float[Tensor, "out_ch"], columns: Float[Tensor, "out_ch removed"], values: Sequence[float]
-) -> Float[Tensor, "out_ch"]:
+    bias: Float[Tensor, " out_ch"], columns: Float[Tensor, "out_ch removed"], values: Sequence[float]
+) -> Float[Tensor, " out_ch"]:
     """Return ``bias`` plus the contribution of removed input channels that were constant.
 
     Accumulated in float64; exact where the channels are exactly constant.

@@ -119,10 +119,11 @@ def _describe(spec: str, folder: Path, trust_remote_code: bool) -> Checkpoint:
 def _require_shapes(spec: str, shapes: Mapping[str, tuple[int, ...]], stored: Mapping[str, Any]) -> None:
     """Refuse weights that do not fit the configuration, before they are loaded; other names are left to the loader."""
     for name, shape in shapes.items():
-        if name in stored and tuple(stored[name]["shape"]) != shape:
+        found = tuple(stored[name]["shape"]) if name in stored else shape
+        if found != shape:
             raise CheckpointError(
-                f"model {spec} stores {name} with shape {tuple(stored[name]['shape'])}, but its config.json says {shape}. "
-                "They belong to different models; fetch both again."
+                f"model {spec} stores {name} with shape {found}, but its config.json says {shape}. They belong to "
+                "different models; fetch both again."
             )
 
 
@@ -438,6 +439,7 @@ def build_model(config: Mapping[str, Any], parameters: Iterable[tuple[str, Tenso
         CheckpointError: names or shapes do not fit the configuration.
         PlanError: the model type's configuration class refuses the sizes.
     """
+    from huggingface_hub.errors import StrictDataclassError
     from transformers import AutoConfig, AutoModelForCausalLM
 
     data = {key: value for key, value in config.items() if key not in ("model_type", "transformers_version")}

@@ -15,13 +15,13 @@ from secateur.score.method import METHODS, Evidence, Method, register
 
 def scored(
     evidence: Evidence, /, *, at: Literal["here", "there"] = "here", power: float = 2.0, limit: int | None = None
-) -> Float64[Tensor, "units"]:
+) -> Float64[Tensor, " units"]:
     """Return nothing useful."""
     del at, power, limit
     return torch.zeros(evidence.num_units, dtype=torch.float64)
 
 
-def plain(evidence: Evidence, /) -> Float64[Tensor, "units"]:
+def plain(evidence: Evidence, /) -> Float64[Tensor, " units"]:
     """Return nothing useful, without options."""
     return torch.zeros(evidence.num_units, dtype=torch.float64)
 
