@@ -22,7 +22,7 @@ from secateur.allocate import Request, make_plan, same_size_plan, with_constants
 from secateur.allocate.budget import parameters_after
 from secateur.calibrate import collect
 from secateur.corpus import PackedBlocks, check_sources, load_split, source_signature
-from secateur.errors import ConfigError
+from secateur.errors import CheckpointError, ConfigError
 from secateur.evaluate import evaluate_text, model_parameters
 from secateur.evaluate.footprint import memory_bytes
 from secateur.export import export_huggingface
@@ -125,6 +125,15 @@ def run(recipe: Recipe, *, until: Stage = "evaluate", progress: Progress = silen
     if until == "evaluate":
         job.evaluate()
     return job.result
+
+
+def _read_evaluation(file: Path) -> Evaluation:
+    try:
+        return Evaluation.from_dict(read_json(file))
+    except (KeyError, TypeError, AttributeError) as error:
+        raise CheckpointError(
+            f"{file} is not an evaluation that secateur wrote: {error!r}. Delete it; it will be made again."
+        ) from None
 
 
 class _Job:
@@ -423,7 +432,7 @@ class _Job:
 
     def evaluate(self) -> None:
         plan, file = self._required_plan(), self._evaluation_file
-        earlier = Evaluation.from_dict(read_json(file)).models if file.is_file() else {}
+        earlier = _read_evaluation(file).models if file.is_file() else {}
         rows: dict[str, ModelScore] = {}
         for name in ["dense", "pruned", *self.recipe.evaluate.controls]:
             if name in earlier and self._is_evaluated(name, plan):

@@ -10,7 +10,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 from torch import Tensor
 
-from secateur.calibrate.accumulators import MomentSums, cosine_sum, count_tokens, sum_abs
+from secateur.calibrate.accumulators import MomentSums, Scratch, cosine_sum, count_tokens, sum_abs
 from secateur.records.statistics import Moments
 
 NUM_TOKENS = 40
@@ -31,7 +31,7 @@ def summed(values: Tensor, bounds: list[int]) -> Moments:
     """Return the moments of values added batch by batch."""
     sums = MomentSums()
     for start, stop in pairwise(bounds):
-        sums.update(values[start:stop])
+        sums.update(values[start:stop], Scratch())
     return sums.result()
 
 
@@ -77,7 +77,7 @@ def test_absolute_sums_cosines_and_counts_do_not_depend_on_batches(
     ids = tokens(seed, torch.float64, 30.0, 1)[:, 0].abs().long()
     runs = list(pairwise(bounds))
     whole = tolerance(dtype, 1.0)
-    torch.testing.assert_close(sum(sum_abs(first[a:b]) for a, b in runs), sum_abs(first), **whole)
+    torch.testing.assert_close(sum(sum_abs(first[a:b], Scratch()) for a, b in runs), sum_abs(first, Scratch()), **whole)
     torch.testing.assert_close(
         sum(cosine_sum(first[a:b], second[a:b]) for a, b in runs), cosine_sum(first, second), **whole
     )

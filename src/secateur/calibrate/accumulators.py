@@ -18,14 +18,35 @@ def _wide(values: Tensor) -> Tensor:
     return values if values.dtype in (torch.float32, torch.float64) else values.float()
 
 
-def sum_abs(values: Float[Tensor, "tokens channels"]) -> Float64[Tensor, " channels"]:
+class Scratch:
+    """One reusable buffer per width; a fresh one for every sum would cost as much in page faults as the sum itself."""
+
+    def __init__(self) -> None:
+        self._buffers: dict[tuple[int, torch.dtype, torch.device], Tensor] = {}
+
+    def like(self, values: Float[Tensor, "tokens channels"]) -> Float[Tensor, "tokens channels"]:
+        """Return an uninitialised tensor of the shape, dtype and device of ``values``."""
+        key = (values.shape[1], values.dtype, values.device)
+        buffer = self._buffers.get(key)
+        if buffer is None or buffer.shape[0] < values.shape[0]:
+            buffer = self._buffers[key] = torch.empty_like(values, memory_format=torch.contiguous_format)
+        return buffer[: values.shape[0]]
+
+
+def sum_abs(values: Float[Tensor, "tokens channels"], scratch: Scratch) -> Float64[Tensor, " channels"]:
     """Return the sum over tokens of |x|."""
-    return _wide(values).abs().sum(0).double()
+    values = _wide(values)
+    magnitudes: Tensor = torch.abs(values, out=scratch.like(values))
+    return magnitudes.sum(0).double()
 
 
-def cosine_sum(first: Float[Tensor, "tokens hidden"], second: Float[Tensor, "tokens hidden"]) -> Float64[Tensor, ""]:
-    """Return the sum over tokens of cos(first, second)."""
-    return torch.cosine_similarity(_wide(first), _wide(second), dim=-1).sum().double()
+def cosine_sum(
+    first: Float[Tensor, "tokens hidden"], second: Float[Tensor, "tokens hidden"], epsilon: float = 1e-8
+) -> Float64[Tensor, ""]:
+    """Return the sum over tokens of cos(first, second); vectors shorter than ``epsilon`` count as that long."""
+    first, second = _wide(first), _wide(second)
+    lengths = [torch.linalg.vector_norm(values, dim=-1).clamp_min(epsilon) for values in (first, second)]
+    return (torch.linalg.vecdot(first, second) / (lengths[0] * lengths[1])).sum().double()
 
 
 class MomentSums:
@@ -34,14 +55,15 @@ class MomentSums:
     def __init__(self) -> None:
         self._total: Moments | None = None
 
-    def update(self, values: Float[Tensor, "tokens channels"]) -> None:
-        """Add one batch of real tokens."""
+    def update(self, values: Float[Tensor, "tokens channels"], scratch: Scratch) -> None:
+        """Add real tokens."""
         values = _wide(values)
+        magnitudes = torch.abs(values, out=scratch.like(values))
         batch = Moments(
             count=values.shape[0],
             sum=values.sum(0).double(),
-            sum_abs=sum_abs(values),
-            sum_sq=(values * values).sum(0).double(),
+            sum_abs=magnitudes.sum(0).double(),
+            sum_sq=magnitudes.mul_(magnitudes).sum(0).double(),
         )
         self._total = batch if self._total is None else self._total + batch
 

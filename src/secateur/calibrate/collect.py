@@ -4,13 +4,14 @@ from __future__ import annotations
 
 import time
 from collections import defaultdict
+from collections.abc import Iterator
 from functools import partial
 from typing import Any
 
 import torch
 from torch import Tensor
 
-from secateur.calibrate.accumulators import MomentSums, cosine_sum, count_tokens, sum_abs
+from secateur.calibrate.accumulators import MomentSums, Scratch, cosine_sum, count_tokens, sum_abs
 from secateur.calibrate.taps import OnTensor, tapped
 from secateur.errors import CheckpointError
 from secateur.families.geometry import Geometry, LinearOutput
@@ -31,8 +32,9 @@ class _Sums:
     def __init__(self, geometry: Geometry, vocab_size: int) -> None:
         self.geometry = geometry
         self.vocab_size = vocab_size
-        self.real: Tensor | None = None
-        """Indices of the batch's real tokens, or None where all are real."""
+        self.valid = torch.ones(0, 0, dtype=torch.bool)
+        """Which tokens of the batch that is running are real."""
+        self.scratch = Scratch()
         self.moments: defaultdict[SiteKey, MomentSums] = defaultdict(MomentSums)
         self.linear: dict[SiteKey, Tensor] = {}
         self.cosine: list[Tensor] = [torch.zeros((), dtype=torch.float64)] * geometry.num_layers
@@ -40,22 +42,26 @@ class _Sums:
         self.num_tokens = 0
         self.num_blocks = 0
 
-    def tokens_of(self, values: Tensor) -> Tensor:
-        """Return the batch's real tokens as rows."""
-        rows = values.reshape(-1, values.shape[-1])
-        return rows if self.real is None else rows.index_select(0, self.real)
+    def real_rows(self, values: Tensor) -> Iterator[Tensor]:
+        """Yield the real tokens of each block; as a view where padding comes last, which is how blocks are packed."""
+        blocks = values.reshape(*self.valid.shape, values.shape[-1])
+        for block, valid in zip(blocks, self.valid, strict=True):
+            count = int(valid.sum())
+            yield block[:count] if bool(valid[:count].all()) else block[valid.to(block.device)]
 
     def add_input(self, key: SiteKey, values: Tensor) -> None:
-        self.moments[key].update(self.tokens_of(values))
+        for rows in self.real_rows(values):
+            self.moments[key].update(rows, self.scratch)
 
     def add_output(self, taps: list[tuple[SiteKey, LinearOutput, int]], values: Tensor) -> None:
-        total = sum_abs(self.tokens_of(values))
+        total = torch.stack([sum_abs(rows, self.scratch) for rows in self.real_rows(values)]).sum(0)
         for key, output, units in taps:
             part = total[output.offset : output.offset + units]
             self.linear[key] = self.linear[key] + part if key in self.linear else part
 
     def add_layer(self, layer: int, before: Tensor, after: Tensor) -> None:
-        self.cosine[layer] = self.cosine[layer] + cosine_sum(self.tokens_of(before), self.tokens_of(after)).cpu()
+        for first, second in zip(self.real_rows(before), self.real_rows(after), strict=True):
+            self.cosine[layer] = self.cosine[layer] + cosine_sum(first, second).cpu()
 
     def require_finite(self) -> None:
         """Raise CheckpointError naming the first place whose activations are not finite."""
@@ -118,11 +124,10 @@ def collect(
     started = time.perf_counter()
     with torch.inference_mode(), progress(label, blocks.num_tokens, "tokens") as task, tapped(model, **_taps(sums)):
         for batch in blocks.batches(batch_size):
-            flat = batch.valid.reshape(-1)
-            sums.real = None if bool(flat.all()) else flat.nonzero()[:, 0].to(model.device)
+            sums.valid = batch.valid
             run_backbone(model, batch, geometry.family)
             sums.require_finite()
-            sums.token_counts += count_tokens(batch.input_ids.reshape(-1)[flat], sums.vocab_size)
+            sums.token_counts += count_tokens(batch.input_ids[batch.valid], sums.vocab_size)
             sums.num_tokens += batch.num_tokens
             sums.num_blocks += batch.input_ids.shape[0]
             task.advance(batch.num_tokens)

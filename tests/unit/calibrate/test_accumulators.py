@@ -9,7 +9,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from secateur.calibrate.accumulators import MomentSums, cosine_sum, count_tokens, sum_abs
+from secateur.calibrate.accumulators import MomentSums, Scratch, cosine_sum, count_tokens, sum_abs
 
 
 def values(tokens: int, channels: int, dtype: torch.dtype = torch.float64, seed: int = 0) -> Tensor:
@@ -21,8 +21,8 @@ def test_moments_equal_a_numpy_loop() -> None:
     """Sums of x, |x| and x^2 per channel, token by token."""
     data = values(13, 4)
     sums = MomentSums()
-    sums.update(data[:5])
-    sums.update(data[5:])
+    sums.update(data[:5], Scratch())
+    sums.update(data[5:], Scratch())
     expected = np.zeros((3, 4))
     for token in data.numpy():
         for channel, x in enumerate(token):
@@ -38,7 +38,7 @@ def test_narrow_inputs_are_summed_wide(dtype: torch.dtype) -> None:
     data = torch.full((4096, 2), 0.1, dtype=dtype)
     sums = MomentSums()
     for part in data.split(512):
-        sums.update(part)
+        sums.update(part, Scratch())
     result = sums.result()
     exact = float(data[0, 0])
     assert result.sum.dtype == result.sum_abs.dtype == result.sum_sq.dtype == torch.float64
@@ -49,7 +49,7 @@ def test_narrow_inputs_are_summed_wide(dtype: torch.dtype) -> None:
 def test_squares_of_half_precision_do_not_overflow() -> None:
     """300 squared is beyond float16, not beyond the sums."""
     sums = MomentSums()
-    sums.update(torch.full((2, 1), 300.0, dtype=torch.float16))
+    sums.update(torch.full((2, 1), 300.0, dtype=torch.float16), Scratch())
     assert sums.result().sum_sq.tolist() == [180_000.0]
     assert sums.is_finite()
 
@@ -59,19 +59,19 @@ def test_what_is_not_finite_is_noticed(bad: float) -> None:
     """One bad value in one channel is enough, and stays noticed."""
     sums = MomentSums()
     assert sums.is_finite()
-    sums.update(values(3, 4))
+    sums.update(values(3, 4), Scratch())
     assert sums.is_finite()
-    sums.update(torch.tensor([[0.0, bad, 0.0, 0.0]], dtype=torch.float64))
-    sums.update(values(3, 4))
+    sums.update(torch.tensor([[0.0, bad, 0.0, 0.0]], dtype=torch.float64), Scratch())
+    sums.update(values(3, 4), Scratch())
     assert not sums.is_finite()
 
 
 def test_no_tokens_add_nothing() -> None:
     """A batch of padding only changes no sum."""
     sums = MomentSums()
-    sums.update(values(3, 2))
+    sums.update(values(3, 2), Scratch())
     before = sums.result()
-    sums.update(values(0, 2))
+    sums.update(values(0, 2), Scratch())
     after = sums.result()
     assert (after.count, after.sum.tolist()) == (before.count, before.sum.tolist())
 
@@ -79,7 +79,7 @@ def test_no_tokens_add_nothing() -> None:
 def test_sum_of_absolute_values() -> None:
     """|x| summed over tokens, float64 out."""
     data = values(7, 3, torch.float32)
-    total = sum_abs(data)
+    total = sum_abs(data, Scratch())
     assert total.dtype == torch.float64
     np.testing.assert_allclose(total.numpy(), np.abs(data.numpy()).sum(0, dtype=np.float64), rtol=1e-6)
 
