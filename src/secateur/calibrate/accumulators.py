@@ -46,8 +46,8 @@ def cosine_sum(
     """Return the sum over tokens of cos(first, second); vectors shorter than ``epsilon`` count as that long."""
     first, second = _wide(first), _wide(second)
     lengths = [torch.linalg.vector_norm(values, dim=-1).clamp_min(epsilon) for values in (first, second)]
-    dots: Tensor = torch.linalg.vecdot(first, second)
-    return (dots / (lengths[0] * lengths[1])).sum().double()
+    cosines: Tensor = torch.linalg.vecdot(first, second) / (lengths[0] * lengths[1])
+    return cosines.sum().double()
 
 
 class MomentSums:
