@@ -246,6 +246,27 @@ def test_a_packed_document_reads_as_if_it_were_alone(family: Family, uneven: boo
         assert relative_difference(packed[batch.document == document], alone) <= 1e-6
 
 
+def test_sliding_windows_survive_pruning_and_packing(family: Family) -> None:
+    """Where attention is limited to a window, it still is in an uneven model and in a packed block."""
+    if not hasattr(pico_config(family), "sliding_window"):
+        pytest.skip("this family has no sliding windows")
+    window = {"sliding_window": 4, "use_sliding_window": True, "max_window_layers": 0}
+    model = pico_model(family, **window)
+    geometry = geometry_of(model, family)
+    kept = choose_units(geometry, all_cuttable(family), "uneven")
+    pruned = prune(model, plan_keeping(geometry, kept, "uneven"), geometry)
+    texts = random_documents([12, 7])
+    alone = logits(pruned, torch.tensor(texts[:1]))
+    with masked(model, geometry, kept):
+        assert relative_difference(alone, logits(model, torch.tensor(texts[:1]))) <= TOLERANCE[torch.float64]
+    with masked(wide := pico_model(family), geometry, kept):
+        assert relative_difference(alone, logits(wide, torch.tensor(texts[:1]))) > 1e-3, "the window did nothing"
+    batch = lay_blocks(texts, [[1, 0]], 20)
+    with torch.inference_mode():
+        packed = run_logits(pruned, batch, family)
+    assert relative_difference(packed[batch.document == 0], alone[0]) <= 1e-6
+
+
 @pytest.mark.parametrize("shape", ["uneven", "uniform"])
 def test_an_uneven_model_can_be_pruned_again(family: Family, shape: str) -> None:
     """A second plan on an uneven model's own geometry equals masking that model, whatever the second plan's shape."""

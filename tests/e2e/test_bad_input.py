@@ -518,7 +518,7 @@ def test_errors_replace_makes_undecodable_text_usable(attempt: Attempt, capsys: 
 
 
 def test_code_beside_a_supported_model_is_not_run(attempt: Attempt, capsys: pytest.CaptureFixture[str]) -> None:
-    """A model that transformers itself knows is loaded with transformers' own code, whatever else lies in the folder."""
+    """A model that transformers knows is loaded with transformers' own code, whatever else lies in the folder."""
     attempt.bring_code()
     answer = try_it(attempt, capsys)
     assert answer.code == 0, answer.err

@@ -133,7 +133,7 @@ def requests(draw: st.DrawFn) -> tuple[list[str], dict[str, Any]]:
     }
 
 
-@settings(max_examples=300)
+@settings(max_examples=200)
 @given(
     requests(),
     st.lists(st.tuples(st.sampled_from([4, 16, 40, 63]), st.sampled_from([1, 2, 6])), min_size=1, max_size=3),

@@ -36,10 +36,10 @@ def test_rounding_to_a_multiple(count: int, multiple: int, limit: int, rounded: 
 
 
 @pytest.mark.parametrize(
-    ("num_units", "ratio", "floor"), [(64, 0.1, 7), (70, 0.1, 7), (3, 0.1, 1), (10, 0.5, 5), (1, 0.99, 1)]
+    ("num_units", "ratio", "floor"), [(64, 0.1, 7), (100, 0.07, 7), (3, 0.1, 1), (10, 0.5, 5), (1, 0.99, 1)]
 )
 def test_a_floor_is_rounded_up(num_units: int, ratio: float, floor: int) -> None:
-    """A layer never keeps less than the share, and float noise does not add a unit (70 * 0.1 is above 7)."""
+    """A layer never keeps less than the share, and float noise does not add a unit (100 * 0.07 is above 7)."""
     assert floor_count(num_units, ratio) == floor
 
 

@@ -1,0 +1,59 @@
+"""Made-up records to describe: an evaluation of two buckets, and a plan."""
+
+from __future__ import annotations
+
+from typing import Any
+
+from secateur.records.evaluation import Evaluation, ModelScore, TextScore
+from secateur.records.plan import LayerPlan, Plan
+
+
+def text_score(nll: float = 2.0, **changes: Any) -> TextScore:
+    """Return a score of two documents of 30 and 70 tokens, with a mean loss of ``nll`` nats per token."""
+    plain: dict[str, Any] = {
+        "nll_per_token": nll,
+        "nll_stderr": 0.01,
+        "bits_per_byte": nll / 2,
+        "bits_per_byte_stderr": 0.005,
+        "num_tokens": 100,
+        "num_bytes": 4567,
+        "num_documents": 2,
+        "num_excluded": 0,
+        "corpus_fingerprint": "0123456789abcdef0123",
+        "tokens_per_s": 1234.5,
+        "document_nll": (30 * nll - 1, 70 * nll + 1),
+        "document_tokens": (30, 70),
+    }
+    return TextScore(**{**plain, **changes})
+
+
+def evaluation(**losses: float) -> Evaluation:
+    """Return an evaluation with one row per keyword, on buckets ``medical`` and ``general``."""
+    losses = losses or {"dense": 2.0, "pruned": 2.1, "random": 3.0}
+    models = {}
+    for name, nll in losses.items():
+        ffn = 2_000_000 if name == "dense" else 1_500_000
+        parts = {"embedding": 1_000_000, "attention": 500_000, "ffn": ffn, "head": 0, "other": 1_000}
+        text = {"medical": text_score(nll), "general": text_score(nll + 0.5, num_excluded=3)}
+        models[name] = ModelScore(name, parts, 2 * sum(parts.values()), text)
+    return Evaluation(models, seed=0)
+
+
+def plan(**changes: Any) -> Plan:
+    """Return a plan that removes one of four channels in each of two layers."""
+    layer = LayerPlan(num_units=4, keep=(0, 1, 3), lowest_kept=0.25, highest_removed=0.125)
+    parts = {"embedding": 1_000_000, "attention": 500_000, "ffn": 2_000_000, "head": 0, "other": 1_000}
+    plain: dict[str, Any] = {
+        "family": "llama",
+        "model_fingerprint": "f" * 32,
+        "shape": "uniform",
+        "method": "contextual",
+        "options": {},
+        "budget": {"channels": 0.25},
+        "layers": {"ffn_channel": (layer, layer)},
+        "parameters_dense": parts,
+        "parameters_pruned": {**parts, "ffn": 1_500_000},
+        "calibrated_on": ("medical",),
+        "calibration_tokens": 65_536,
+    }
+    return Plan(**{**plain, **changes})
