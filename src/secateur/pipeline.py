@@ -37,7 +37,7 @@ from secateur.records.statistics import BucketStatistics, merge_buckets
 from secateur.registry import unknown_name
 from secateur.report.markdown import render_report
 from secateur.report.tables import evidence_table, parts_table, result_table, verdict
-from secateur.score import METHODS, score_units
+from secateur.score import METHODS, rehearse, score_units
 from secateur.shrink import check_plan, shrink_config, shrink_parameters
 from secateur.store.artifacts import (
     digest,
@@ -198,10 +198,7 @@ class _Job:
 
     def check(self, until: Stage) -> None:
         """Resolve every name and refuse what cannot work, before weights are read, text is run or files are written."""
-        method = METHODS[self.recipe.prune.method]
-        method.check_options(self.recipe.prune.options)
-        if method.name == "reversed":
-            _ = METHODS[self.recipe.prune.options.get("of", "contextual")]
+        METHODS[self.recipe.prune.method].check_options(self.recipe.prune.options)
         _ = self.pruning_buckets
         for spec in self.recipe.buckets().values():
             check_sources(spec)
@@ -219,7 +216,7 @@ class _Job:
     def _rehearse(self) -> None:
         """Plan on made-up scores, so that a budget that cannot be met is refused before calibration."""
         geometry, kinds = self.checkpoint.geometry, self.recipe.prune.unit_kinds()
-        geometry.require_cuttable(kinds)
+        rehearse(self.recipe.prune.method, geometry, kinds, self.recipe.prune.options)
         if "threshold" in self.request.budget:
             return
         values = {

@@ -2,8 +2,8 @@
 
 from secateur.score import contextual, magnitude, random_control, reversed_control
 from secateur.score.method import METHODS, Evidence, Method
-from secateur.score.run import score_units
+from secateur.score.run import rehearse, score_units
 
-__all__ = ["METHODS", "Evidence", "Method", "score_units"]
+__all__ = ["METHODS", "Evidence", "Method", "rehearse", "score_units"]
 
 _ = (contextual, magnitude, random_control, reversed_control)

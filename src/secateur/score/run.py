@@ -11,7 +11,7 @@ from torch import Tensor
 from secateur.errors import CheckpointError
 from secateur.families.geometry import Geometry, Segment, UnitAxis
 from secateur.records.scores import Scores
-from secateur.records.statistics import BucketStatistics
+from secateur.records.statistics import BucketStatistics, Moments
 from secateur.score.method import METHODS, Evidence
 
 LoadTensor = Callable[[str], Tensor | None]
@@ -82,6 +82,32 @@ def score_units(
                 )
             values[kind].append(score)
     return Scores(method, options, tuple(buckets), values, inputs_fingerprint)
+
+
+def rehearse(method: str, geometry: Geometry, kinds: Sequence[str], options: Mapping[str, Any]) -> None:
+    """Run a method on made-up evidence, so that what it refuses is refused before any text is run.
+
+    Raises:
+        ConfigError: unknown method or option, or one that does not fit a unit kind.
+        FamilyError: this family cannot cut a kind that was asked for.
+    """
+    chosen = METHODS[method]
+    chosen.check_options(options)
+    geometry.require_cuttable(kinds)
+    for kind in kinds:
+        axis = geometry.axes[kind][0]
+        ones, channels = torch.ones(axis.num_units).double(), torch.ones(axis.num_units * axis.reader_width).double()
+        evidence = Evidence(
+            kind=kind,
+            layer=0,
+            num_units=axis.num_units,
+            width=axis.reader_width,
+            moments=Moments(1, channels, channels, channels),
+            linear_abs=[ones for _ in axis.linear],
+            load_weights=lambda ones=ones: [ones[:, None]],  # type: ignore[misc]
+            seed=0,
+        )
+        chosen.function(evidence, **options)
 
 
 def _evidence(
