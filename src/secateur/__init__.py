@@ -6,6 +6,8 @@ Auto classes also load models with layers of different widths (``model_type: pru
 
 from __future__ import annotations
 
+import sys
+from types import ModuleType
 from typing import TYPE_CHECKING, Any
 
 from secateur import autoload
@@ -55,6 +57,19 @@ _LAZY = {
     "shrink": "secateur.api",
 }
 
+
+class _Package(ModuleType):
+    """Keeps the public functions calibrate, evaluate and shrink in view, where rooms have the same names.
+
+    Importing ``secateur.shrink`` (the room) would otherwise put it in the place of ``secateur.shrink`` (the function).
+    """
+
+    def __setattr__(self, name: str, value: Any) -> None:
+        if not (name in _LAZY and isinstance(value, ModuleType)):
+            super().__setattr__(name, value)
+
+
+sys.modules[__name__].__class__ = _Package
 autoload.install()
 
 

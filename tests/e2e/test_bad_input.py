@@ -485,7 +485,6 @@ BEFORE_ANYTHING_IS_WRITTEN = sorted(
         "activations_overflow",
         "logits_overflow",
         "threshold_below_every_score",
-        "method_option_that_does_not_fit_the_units",
         # The output is somewhere else.
         "output_is_a_file",
         "output_below_a_file",

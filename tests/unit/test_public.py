@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import importlib
 import importlib.metadata
 import inspect
 
@@ -18,6 +19,15 @@ def test_every_public_name_resolves() -> None:
         value = getattr(secateur, name)
         assert isinstance(value, str) or inspect.getdoc(value), name
     assert dir(secateur) == secateur.__all__
+
+
+def test_rooms_do_not_hide_functions_of_the_same_name() -> None:
+    """``secateur.shrink`` is the function also after the room ``secateur.shrink`` was imported, and both can be had."""
+    for name in ("calibrate", "evaluate", "shrink"):
+        room = importlib.import_module(f"secateur.{name}")
+        assert inspect.ismodule(room)
+        assert inspect.isfunction(getattr(secateur, name))
+        assert getattr(secateur, name).__module__ == "secateur.api"
 
 
 def test_every_error_is_public() -> None:
