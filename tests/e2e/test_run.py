@@ -605,7 +605,7 @@ def test_a_process_that_gets_sigint_leaves_whole_files_and_resumes(
         env=environment(),
     )
     try:
-        wait_for(run / "statistics" / "medical.json", process)
+        wait_until_done("calibrate:medical", run, process)
         process.send_signal(signal.SIGINT)
         _, err = process.communicate(timeout=60)
     finally:
@@ -621,12 +621,13 @@ def test_a_process_that_gets_sigint_leaves_whole_files_and_resumes(
     assert files_in(run) == files_in(finished)
 
 
-def wait_for(file: Path, process: subprocess.Popen[str], seconds: float = 60.0) -> None:
-    """Return when a file exists; fail when the process ends before or the time is over."""
+def wait_until_done(stage: str, run: Path, process: subprocess.Popen[str], seconds: float = 60.0) -> None:
+    """Return when a run's manifest records a stage; fail when the process ends before or the time is over."""
+    manifest = run / "manifest.json"
     deadline = time.monotonic() + seconds
-    while not file.exists():
+    while not manifest.exists() or stage not in json.loads(manifest.read_text())["stages"]:
         assert process.poll() is None, process.communicate()[1]
-        assert time.monotonic() < deadline, f"{file} did not appear"
+        assert time.monotonic() < deadline, f"{stage} was not done in {seconds} s"
         time.sleep(0.002)
 
 

@@ -204,6 +204,20 @@ def test_the_first_token_of_a_piece_and_padding_are_not_predicted() -> None:
     assert predicted(batch).tolist() == [[False, True, True, False, True, False, False, False]]
 
 
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16, torch.float32, torch.float64])
+@pytest.mark.parametrize("seq", [2, 32, 33, 34, 70])
+def test_token_losses_lose_nothing_to_narrow_logits(dtype: torch.dtype, seq: int) -> None:
+    """Whatever the dtype of the logits and the length of the row, the loss is that of float64 arithmetic on them."""
+    generator = torch.Generator().manual_seed(seq)
+    logits = (20 + 4 * torch.randn(2, seq, 50, generator=generator)).to(dtype)
+    ids = torch.randint(0, 50, (2, seq), generator=generator)
+    wanted = torch.ones(2, seq, dtype=torch.bool)
+    wanted[:, 0] = False
+    expected = cross_entropy(logits[:, :-1].double().flatten(0, 1), ids[:, 1:].flatten(), reduction="none")
+    tolerance = 1e-12 if dtype == torch.float64 else 2e-5
+    torch.testing.assert_close(token_nll(logits, ids, wanted).double(), expected, rtol=0, atol=tolerance)
+
+
 def test_token_losses_are_in_row_order_and_survive_large_logits() -> None:
     """-log p from the logits one position before; a shift of all logits, however large, changes nothing."""
     logits = torch.randn(2, 4, 5, dtype=torch.float64, generator=torch.Generator().manual_seed(0))
