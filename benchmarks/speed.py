@@ -49,7 +49,7 @@ def _plain(model: Any, blocks: Any, geometry: Any, run: Callable[..., torch.Tens
 
 
 def _ratios(first: Callable[[], Any], second: Callable[[], Any]) -> tuple[list[float], list[float]]:
-    """Return the seconds of both, measured in turn after one warm-up each; short jobs, so that noise hits both alike."""
+    """Return the seconds of both, in turn after a warm-up each; the jobs are short, so that noise hits both alike."""
     first(), second()
     times: tuple[list[float], list[float]] = ([], [])
     for _ in range(ROUNDS):

@@ -23,7 +23,6 @@ from secateur.records.blocks import BlockBatch, TokenBlocks
 from secateur.records.evaluation import TextScore, ratio_estimate
 from secateur.stream.forward import run_logits
 
-
 _ROWS_AT_ONCE = 32
 
 
