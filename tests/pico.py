@@ -120,7 +120,8 @@ def save_model_folder(
 ) -> Path:
     """Save a random model with its tokenizer, model card and licence as a folder, and return its path."""
     tokenizer = pico_tokenizer()
-    random_model(len(tokenizer), dtype=dtype, model_type=model_type, seed=seed, **changes).save_pretrained(folder)
+    options = {"vocab_size": len(tokenizer), **changes}
+    random_model(dtype=dtype, model_type=model_type, seed=seed, **options).save_pretrained(folder)
     tokenizer.save_pretrained(folder)
     (folder / "README.md").write_text("---\nlicense: apache-2.0\nlanguage: [en]\n---\n# Pico\n", encoding="utf-8")
     (folder / "LICENSE").write_text("Do what you like.\n", encoding="utf-8")

@@ -299,7 +299,18 @@ class _Job:
                 name=name,
             )
             task.advance(1)
+        self._require_known_tokens(blocks)
         return blocks
+
+    def _require_known_tokens(self, blocks: PackedBlocks) -> None:
+        """Refuse token ids that the model has no embedding for: the tokenizer is another model's."""
+        known = self.checkpoint.geometry.dimensions["vocab_size"]
+        largest = max(int(piece.ids.max()) for pieces in blocks.blocks for piece in pieces)
+        if largest >= known:
+            raise CheckpointError(
+                f"the tokenizer of {self.checkpoint.spec} gives token id {largest}, but the model knows {known:,} tokens. "
+                "They belong to different models; fetch both again."
+            )
 
     def _calibrated_documents(self) -> frozenset[int]:
         """Return the hashes of every document that is, or in this run will be, calibrated on."""
@@ -401,7 +412,8 @@ class _Job:
             )
             task.advance(1)
         files = [str(file.relative_to(self.folder.path)) for file in sorted(folder.iterdir())]
-        self.folder.finish("shrink", key, started, reload_difference=difference, files=files)
+        saved = fingerprint(resolve_model(str(folder)))
+        self.folder.finish("shrink", key, started, reload_difference=difference, files=files, model_fingerprint=saved)
         self._write_card(())
 
     def _required_plan(self) -> Plan:
@@ -470,15 +482,18 @@ class _Job:
             saved = resolve_model(str(self.result.model_folder))
             model = load_model(saved, device=self.recipe.device, dtype=self.recipe.dtype)
             return self._measure(name, model, weight_bytes(self.result.model_folder))
-        options = {"of": plan.method} if name == "reversed" else {}
-        control = self._control_plan(name, options, plan)
-        model = self._pruned(control)
+        model = self._pruned(self._control_plan(name, plan))
         return self._measure(name, model, memory_bytes(model) // model.dtype.itemsize * self.checkpoint.dtype.itemsize)
 
-    def _control_plan(self, method: str, options: Mapping[str, Any], plan: Plan) -> Plan:
-        """Keep as many units per layer as the plan does, but others."""
-        merged = self._merged()
-        scores = self._score(method, merged, options, seed=self.recipe.prune.seed)
+    def _control_plan(self, name: str, plan: Plan) -> Plan:
+        """Keep as many units per layer as the plan does, but others: drawn at random, or the plan's own worst."""
+        merged, seed = self._merged(), self.recipe.prune.seed
+        if name == "reversed":
+            scores = self._score(plan.method, merged, plan.options, seed=seed)
+            upside_down = {kind: [-layer for layer in layers] for kind, layers in scores.values.items()}
+            scores = replace(scores, method=name, values=upside_down)
+        else:
+            scores = self._score(name, merged, {}, seed=seed)
         return self._with_constants(same_size_plan(plan, scores), merged)
 
     def _measure(self, name: str, model: Any, size_bytes: int) -> ModelScore:

@@ -340,6 +340,11 @@ def _missing_tokenizer(attempt: Attempt) -> None:
         file.unlink()
 
 
+@case("gives token id", "the model knows 300 tokens", "different models")
+def _tokenizer_of_another_model(attempt: Attempt) -> None:
+    attempt.model(vocab_size=300)
+
+
 @case("'not a name!'", "neither an existing folder nor a hub id")
 def _impossible_hub_id(attempt: Attempt) -> None:
     attempt.changes["model"] = "not a name!"
