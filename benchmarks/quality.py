@@ -37,7 +37,8 @@ def _rows(domains: Sequence[str]) -> list[Row]:
     return [
         *(Row(f"contextual, calibrated on {name}", name) for name in domains),
         Row("contextual at linear", first, {"options": {"at": "linear"}}),
-        Row("contextual, uneven (global ranking)", first, {"shape": "uneven"}),
+        Row("contextual, uneven (global ranking)", first, {"shape": "uneven", "normalize": "none"}),
+        Row("contextual, uneven (standardised per layer)", first, {"shape": "uneven"}),
         Row("magnitude", first, {"method": "magnitude"}),
         *(Row(f"random, seed {seed}", first, {"method": "random", "seed": seed}) for seed in range(2)),
         Row("reversed contextual", first, {"method": "reversed"}),

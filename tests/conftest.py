@@ -49,6 +49,12 @@ def geometry_of(model: Any, family: Family) -> Geometry:
     return build_geometry(family, model.config.to_dict())
 
 
+@pytest.fixture(scope="session", autouse=True)
+def one_thread() -> None:
+    """Pico matrices are too small to share between threads, which would only wait for each other."""
+    torch.set_num_threads(1)
+
+
 @pytest.fixture(params=list(families()))
 def family(request: pytest.FixtureRequest) -> Family:
     """Every registered family in turn."""

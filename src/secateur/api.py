@@ -16,6 +16,7 @@ from secateur import pipeline
 from secateur.allocate import Request, make_plan, with_constants
 from secateur.calibrate import collect
 from secateur.corpus import load_split
+from secateur.errors import PlanError
 from secateur.evaluate import evaluate_text
 from secateur.evaluate.footprint import model_shapes
 from secateur.families.geometry import Geometry, build_geometry
@@ -130,12 +131,13 @@ def plan(
 
     Raises:
         ConfigError: an unknown method, option or bucket.
-        PlanError: the budget cannot be met.
+        PlanError: the budget cannot be met, or the statistics were taken on a model of another size.
     """
     spec: PruneSpec = parse_prune({"method": method, "budget": budget or {"channels": 0.1}, **options})
     geometry, shapes = _geometry(model), model_shapes(model)
     chosen = list(buckets) if buckets else [n for n in statistics.buckets if n != "general"] or list(statistics.buckets)
     pipeline.require_buckets(chosen, statistics.buckets)
+    _require_taken_on(statistics, geometry)
     merged = statistics.buckets[chosen[0]]
     for name in chosen[1:]:
         merged = merge_buckets(merged, statistics.buckets[name])
@@ -159,6 +161,19 @@ def plan(
         calibration_tokens=merged.num_tokens,
     )
     return with_constants(made, geometry, merged.moments, shapes)
+
+
+def _require_taken_on(statistics: Statistics, geometry: Geometry) -> None:
+    """Raise PlanError where a model of this geometry cannot have given the statistics."""
+    channels = {
+        (axis.layer, kind): axis.num_units * axis.reader_width for kind, axes in geometry.axes.items() for axis in axes
+    }
+    for name, bucket in statistics.buckets.items():
+        if {site: len(moments.sum) for site, moments in bucket.moments.items()} != channels:
+            raise PlanError(
+                f"the statistics of bucket {name!r} were taken on another model ({statistics.family}, "
+                f"{len(bucket.cosine_sum)} layers). Calibrate this one."
+            )
 
 
 def shrink(model: Any, plan: Plan) -> Any:

@@ -308,8 +308,8 @@ class _Job:
         largest = max(int(piece.ids.max()) for pieces in blocks.blocks for piece in pieces)
         if largest >= known:
             raise CheckpointError(
-                f"the tokenizer of {self.checkpoint.spec} gives token id {largest}, but the model knows {known:,} tokens. "
-                "They belong to different models; fetch both again."
+                f"the tokenizer of {self.checkpoint.spec} gives token id {largest}, but the model knows {known:,} "
+                "tokens. They belong to different models; fetch both again."
             )
 
     def _calibrated_documents(self) -> frozenset[int]:

@@ -133,6 +133,7 @@ class PruneSpec(_Record):
     allocation: Literal["auto", "uniform", "global"] = "auto"
     min_keep_ratio: Ratio = 0.1
     multiple_of: Annotated[int, Field(ge=1)] | Literal["auto"] = "auto"
+    normalize: Literal["layer", "none"] = "layer"
     buckets: Annotated[list[str], Field(min_length=1)] | None = None
     seed: int = 0
 

@@ -7,22 +7,12 @@ from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import pytest
-import torch
 
 import secateur
 from secateur.files import CACHE_VARIABLE
 from tests.pico import Pico, build_pico
 
 CopyRun = Callable[[], Path]
-
-
-@pytest.fixture(scope="session", autouse=True)
-def one_thread() -> Iterator[None]:
-    """Pico matrices are too small to share between threads, which then only wait for each other."""
-    before = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(before)
 
 
 @pytest.fixture(scope="session", autouse=True)

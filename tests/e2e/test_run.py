@@ -15,7 +15,7 @@ from typing import Any
 import pytest
 import torch
 import yaml
-from safetensors.torch import load_file
+from safetensors.torch import load_file, save_file
 from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer
 
 import secateur
@@ -23,6 +23,7 @@ from secateur import pipeline
 from secateur.corpus import document_hash, read_documents
 from secateur.recipe import CorpusSpec
 from secateur.records.plan import Plan, format_ranges
+from secateur.store.artifacts import read_scores
 from tests.command import call, environment, fresh_python
 from tests.pico import (
     INTERMEDIATE_SIZE,
@@ -286,8 +287,6 @@ def test_a_budget_of_bytes_is_met_on_disk(pico: Pico, calibrated: Path, tmp_path
 
 def test_a_threshold_removes_what_scores_at_most_that_much(pico: Pico, calibrated: Path, tmp_path: Path) -> None:
     """The paper's rule: each layer loses exactly the channels at or below the threshold, whatever their number."""
-    from secateur.store.artifacts import read_scores
-
     folder = tmp_path / "first"
     prune = {"shape": "uneven", "options": {"at": "linear"}, "budget": {"channels": 0.2}}
     shrunk(pico, calibrated, folder, prune)
@@ -433,8 +432,6 @@ def test_changed_weights_are_another_model(pico: Pico, copied: Path, tmp_path: P
     other = save_model_folder(tmp_path / "other")
     tensors = weights_of(other)
     tensors["model.layers.1.mlp.up_proj.weight"][3, 5] += 1.0
-    from safetensors.torch import save_file
-
     save_file(tensors, other / "model.safetensors", metadata={"format": "pt"})
     assert secateur.run(pico.recipe(copied, model=str(other))).reused == []
 
@@ -734,8 +731,6 @@ def test_controls_differ_from_the_plan_only_in_the_choice(
     pico: Pico, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """Random and reversed have exactly the plan's widths and size; reversed keeps the lowest scores."""
-    from secateur.store.artifacts import read_scores
-
     made = []
     same_size_plan = pipeline.same_size_plan
 
@@ -760,6 +755,35 @@ def test_controls_differ_from_the_plan_only_in_the_choice(
     models = result.evaluation.models
     assert list(models) == ["dense", "pruned", "random", "reversed"]
     assert models["random"].parameters == models["reversed"].parameters == models["pruned"].parameters
+
+
+def test_controls_are_cut_with_the_same_care(pico: Pico, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Channels that are constant are folded into the next bias for the controls as for the plan."""
+    sizes = {"hidden_size": 48, "word_embed_proj_dim": 48, "ffn_dim": 64, "num_hidden_layers": 2}
+    folder = save_model_folder(tmp_path / "opt", model_type="opt", num_attention_heads=6, **sizes)
+    tensors = weights_of(folder)
+    for layer in range(2):
+        tensors[f"model.decoder.layers.{layer}.fc1.weight"][::2] = 0.0
+        tensors[f"model.decoder.layers.{layer}.fc1.bias"][::2] = 0.5
+    save_file(tensors, folder / "model.safetensors", metadata={"format": "pt"})
+    cut: dict[str, Plan] = {}
+    shrink_parameters = pipeline.shrink_parameters
+
+    def remember(parameters: Any, plan: Plan, geometry: Any) -> Any:
+        cut[plan.method] = plan
+        return shrink_parameters(parameters, plan, geometry)
+
+    monkeypatch.setattr(pipeline, "shrink_parameters", remember)
+    evaluate = {"max_tokens": 256, "controls": ["random", "reversed"]}
+    prune = {"method": "magnitude", "budget": {"channels": 0.5}}
+    secateur.run(pico.recipe(tmp_path / "run", model=str(folder), prune=prune, evaluate=evaluate))
+    assert set(cut) == {"magnitude", "random", "reversed"}
+    for plan in cut.values():
+        for layer in plan.layers[FFN]:
+            constant = [unit for unit in range(0, 64, 2) if unit not in layer.keep]
+            assert [channel for channel, _ in layer.constants] == constant
+            assert all(value == pytest.approx(0.5) for _, value in layer.constants)
+    assert any(layer.constants for layer in cut["random"].layers[FFN])
 
 
 def test_another_seed_is_another_random_control(pico: Pico, copied: Path) -> None:

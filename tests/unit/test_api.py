@@ -165,6 +165,9 @@ def test_mistakes_are_our_errors(model: Any, tokenizer: Any, statistics: Statist
         secateur.calibrate(model, tokenizer, [f"short {number}" for number in range(50)])
     with pytest.raises(CorpusError, match="does not exist"):
         secateur.calibrate(model, tokenizer, Path("nowhere.txt"))
+    for other in ({"num_hidden_layers": 3}, {"intermediate_size": 80}):
+        with pytest.raises(PlanError, match=r"taken on another model \(llama, 2 layers\)\. Calibrate this one"):
+            secateur.plan(random_model(len(tokenizer), **other), statistics)
     plan = secateur.plan(model, statistics)
     with pytest.raises(PlanError, match="Plan again"):
         secateur.shrink(random_model(len(tokenizer), intermediate_size=80), plan)

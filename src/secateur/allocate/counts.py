@@ -79,6 +79,15 @@ def threshold_counts(scores: Sequence[Float64[Tensor, " _units"]], threshold: fl
     return [int((layer > threshold).sum()) for layer in scores]
 
 
+def standardised(scores: Sequence[Float64[Tensor, " _units"]]) -> list[Float64[Tensor, " _units"]]:
+    """Return each layer's scores with mean 0 and standard deviation 1; a layer of equal scores becomes zeros.
+
+    Source: the standardisation of FLAP (An et al. 2024, arXiv 2312.11983), which compares layers of different scale.
+    """
+    centred = [layer - layer.mean() for layer in scores]
+    return [layer / layer.square().mean().sqrt().clamp_min(torch.finfo(layer.dtype).tiny) for layer in centred]
+
+
 def global_counts(
     scores: Sequence[Float64[Tensor, " _units"]], num_removed: int, *, min_keep_ratio: float, multiple: int, kind: str
 ) -> list[int]:

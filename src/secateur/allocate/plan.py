@@ -18,6 +18,7 @@ from secateur.allocate.counts import (
     floor_count,
     global_counts,
     keep_best,
+    standardised,
     threshold_counts,
     uniform_count,
 )
@@ -43,6 +44,8 @@ class Request:
         allocation: ``uniform`` (same share everywhere) or ``global`` (rank the whole model; uneven shape only).
         min_keep_ratio: share of a layer's units that global ranking and thresholds never go below.
         multiple_of: kept FFN widths are multiples of this; ``auto`` is 32 from a width of 512 on, else 1.
+        normalize: ``layer``: before layers compete, scores are standardised within each (mean 0, deviation 1), because
+            raw scores of different layers have different scales; ``none``: they compete as they are.
         bytes_per_parameter: of the saved weights, for ``bytes``.
     """
 
@@ -51,6 +54,7 @@ class Request:
     allocation: Literal["auto", "uniform", "global"] = "auto"
     min_keep_ratio: float = 0.1
     multiple_of: int | Literal["auto"] = "auto"
+    normalize: Literal["layer", "none"] = "layer"
     bytes_per_parameter: float = 4.0
 
     @classmethod
@@ -62,6 +66,7 @@ class Request:
             allocation=spec.allocation,
             min_keep_ratio=spec.min_keep_ratio,
             multiple_of=spec.multiple_of,
+            normalize=spec.normalize,
             bytes_per_parameter=bytes_per_parameter,
         )
 
@@ -215,8 +220,9 @@ class _Counts:
             )
 
     def rank_globally(self, kind: str, num_removed: int) -> list[int]:
+        scores = self.scores.values[kind]
         return global_counts(
-            self.scores.values[kind],
+            standardised(scores) if self.request.normalize == "layer" else scores,
             num_removed,
             min_keep_ratio=self.request.min_keep_ratio,
             multiple=self.multiple(kind),

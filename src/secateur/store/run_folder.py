@@ -37,15 +37,11 @@ class RunFolder:
         Raises:
             ExportError: the path is a file, or a folder with something else in it.
         """
-        manifest_file = path / "manifest.json"
         if path.exists() and not path.is_dir():
             raise ExportError(f"output {path} is a file. Choose another output folder.")
-        if manifest_file.is_file():
-            try:
-                manifest = read_json(manifest_file)
-            except CheckpointError:
-                manifest = {}
-            return cls(path, {"schema_version": MANIFEST_VERSION, "stages": {}, **manifest})
+        manifest = _own_manifest(path)
+        if manifest is not None:
+            return cls(path, manifest)
         if path.is_dir() and any(path.iterdir()):
             first = sorted(item.name for item in path.iterdir())[0]
             raise ExportError(
@@ -101,3 +97,15 @@ class RunFolder:
         """Write a text file of the run."""
         write_text(self.path / name, text)
         return self.path / name
+
+
+def _own_manifest(path: Path) -> dict[str, Any] | None:
+    """Return the manifest in a run folder, an empty one where it is broken; None where the folder is no run."""
+    empty = {"schema_version": MANIFEST_VERSION, "stages": {}}
+    if not (path / "manifest.json").is_file():
+        return None
+    try:
+        manifest = read_json(path / "manifest.json")
+    except CheckpointError:
+        return empty if (path / "recipe.yml").is_file() else None
+    return {**empty, **manifest} if isinstance(manifest.get("stages"), dict) else None

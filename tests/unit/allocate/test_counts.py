@@ -14,6 +14,7 @@ from secateur.allocate.counts import (
     global_counts,
     keep_best,
     round_to_multiple,
+    standardised,
     threshold_counts,
     uniform_count,
 )
@@ -170,3 +171,13 @@ def test_widths_are_rounded_to_multiples_and_the_total_is_kept() -> None:
     assert all(width % 8 == 0 for width in rounded)
     assert abs(sum(rounded) - 156) <= 4
     assert all(abs(a - b) < 8 for a, b in zip(exact, rounded, strict=True))
+
+
+def test_standardised_scores_forget_scale_and_offset() -> None:
+    """Each layer ends with mean 0 and deviation 1 in the same order; equal scores become zeros, not NaN."""
+    first = vector(1.0, 2.0, 4.0)
+    scaled, flat = standardised([1000 * first + 7, vector(3.0, 3.0)])
+    torch.testing.assert_close(scaled, standardised([first])[0])
+    assert float(scaled.mean()) == pytest.approx(0, abs=1e-12)
+    assert float(scaled.square().mean()) == pytest.approx(1)
+    assert flat.tolist() == [0.0, 0.0]

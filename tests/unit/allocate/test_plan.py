@@ -81,8 +81,10 @@ def test_uneven_shape_ranks_the_whole_model() -> None:
     """The same share goes in total, from where the scores are low; allocation: uniform spreads it evenly."""
     geometry, shapes = llama([40, 40], [6, 6])
     scores = scores_of({FFN_CHANNEL: [[i / 100 for i in range(40)], [0.2 + i / 100 for i in range(40)]]})
-    request = Request({"channels": 0.25}, shape="uneven")
+    request = Request({"channels": 0.25}, shape="uneven", normalize="none")
     assert counts(make_plan(scores, geometry, shapes, request), FFN_CHANNEL) == [20, 40]
+    scaled = Request({"channels": 0.25}, shape="uneven")
+    assert counts(make_plan(scores, geometry, shapes, scaled), FFN_CHANNEL) == [30, 30]
     even = Request({"channels": 0.25}, shape="uneven", allocation="uniform")
     assert counts(make_plan(scores, geometry, shapes, even), FFN_CHANNEL) == [30, 30]
 
@@ -309,7 +311,7 @@ def test_a_request_says_what_the_recipe_says() -> None:
         {"budget": {"bytes": "1kb"}, "shape": "uneven", "min_keep_ratio": 0.2, "multiple_of": 8}
     )
     request = Request.of(spec, bytes_per_parameter=2.0)
-    assert request == Request({"bytes": 1000}, "uneven", "auto", 0.2, 8, 2.0)
+    assert request == Request({"bytes": 1000}, "uneven", "auto", 0.2, 8, "layer", 2.0)
     assert request.is_global
 
 

@@ -40,6 +40,17 @@ def test_somebody_elses_folder_is_refused(tmp_path: Path) -> None:
     assert {file.name: file.read_text() for file in tmp_path.iterdir()} == {"zebra": "z", "apple": "a"}
 
 
+@pytest.mark.parametrize(
+    "content", ['{"name": "My extension", "manifest_version": 3}', "{", "[]", '{"stages": ["dev"]}']
+)
+def test_somebody_elses_manifest_is_not_overwritten(tmp_path: Path, content: str) -> None:
+    """Many tools have a manifest.json; a folder with another one is no run of ours."""
+    (tmp_path / "manifest.json").write_text(content)
+    with pytest.raises(ExportError, match=r"is not a run of secateur \(it holds manifest\.json\)"):
+        RunFolder.open(tmp_path)
+    assert (tmp_path / "manifest.json").read_text() == content
+
+
 def test_what_was_recorded_is_there_when_the_folder_is_opened_again(tmp_path: Path) -> None:
     """Stages with time and facts, and facts about the run, survive in manifest.json."""
     finished(tmp_path / "run", tokens=5).describe(seed=3, versions={"secateur": "0"})
@@ -82,8 +93,8 @@ def test_a_forgotten_stage_is_not_done(tmp_path: Path) -> None:
 
 @pytest.mark.parametrize("content", ["{", "[]", '"x"', ""])
 def test_a_broken_manifest_means_nothing_is_known(tmp_path: Path, content: str) -> None:
-    """The folder is still a run; every stage is done again."""
-    finished(tmp_path)
+    """The folder is still a run, as its recipe shows; every stage is done again."""
+    finished(tmp_path).write_text("recipe.yml", "model: m\n")
     (tmp_path / "manifest.json").write_text(content)
     run = RunFolder.open(tmp_path)
     assert not run.is_done("plan", "k")
