@@ -20,6 +20,7 @@ PICO_SIZES = {
     "num_attention_heads": 6,
     "num_key_value_heads": 3,
     "head_dim": 8,
+    "num_positions": 64,
 }
 """Three GQA groups of two query heads where the family has groups, else six heads; 6, 4 and 2 heads divide 48."""
 

@@ -96,6 +96,7 @@ def calibrate(
         CheckpointError: activations are not finite.
     """
     geometry = _geometry(model)
+    geometry.require_positions(block_size)
     named = text if isinstance(text, Mapping) else {"domain": text}
     blocks = {
         name: load_split(
@@ -216,6 +217,7 @@ def evaluate(
     Raises:
         CorpusError: unreadable or too little text.
     """
+    _geometry(model).require_positions(block_size)
     seen = {h for bucket in (exclude.buckets.values() if exclude else ()) for h in bucket.documents.tolist()}
     blocks = load_split(
         _source(text), split, tokenizer, block_size=block_size, max_tokens=max_tokens, exclude=seen, name="text"

@@ -216,6 +216,7 @@ class _Job:
     def _rehearse(self) -> None:
         """Plan on made-up scores, so that a budget that cannot be met is refused before calibration."""
         geometry, kinds = self.checkpoint.geometry, self.recipe.prune.unit_kinds()
+        geometry.require_positions(self.recipe.calibrate.block_size)
         rehearse(self.recipe.prune.method, geometry, kinds, self.recipe.prune.options)
         if "threshold" in self.request.budget:
             return

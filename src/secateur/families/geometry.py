@@ -104,6 +104,15 @@ class Geometry:
                     f"{kind}s of a {self.family.name} model cannot be cut: {reason}. Use units: [{', '.join(others)}]."
                 )
 
+    def require_positions(self, block_size: int) -> None:
+        """Raise FamilyError if the model has learned positions and a block is longer than they reach."""
+        limit = self.dimensions.get("num_positions", block_size)
+        if block_size > limit:
+            raise FamilyError(
+                f"calibrate.block_size is {block_size}, but this {self.family.name} model knows {limit} positions. "
+                f"Set it to {limit} or less."
+            )
+
     def part_of(self, parameter: str) -> str:
         """Return which part of the model (embedding, attention, ffn, head, other) a parameter belongs to."""
         prefix = self.family.layers + "."

@@ -15,7 +15,7 @@ from secateur.families.geometry import (
     parameters_by_part,
     resolve_dimensions,
 )
-from secateur.families.loader import families
+from secateur.families.loader import families, family_of
 
 LLAMA = {
     "num_hidden_layers": 3,
@@ -204,3 +204,12 @@ def test_parameters_are_added_up_by_part() -> None:
 def test_layers_have_names() -> None:
     """The module name of a decoder layer."""
     assert llama().layer_name(2) == "model.layers.2"
+
+
+def test_blocks_longer_than_learned_positions_are_refused() -> None:
+    """GPT-2 and OPT have a table of positions; families with rotary positions take any block."""
+    config = {"n_layer": 1, "n_embd": 8, "vocab_size": 9, "n_head": 2, "n_positions": 64}
+    geometry = build_geometry(family_of("gpt2"), config)
+    geometry.require_positions(64)
+    with pytest.raises(FamilyError, match=r"block_size is 65.*gpt2 model knows 64 positions"):
+        geometry.require_positions(65)
