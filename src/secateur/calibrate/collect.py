@@ -32,8 +32,8 @@ class _Sums:
     def __init__(self, geometry: Geometry, vocab_size: int) -> None:
         self.geometry = geometry
         self.vocab_size = vocab_size
-        self.valid = torch.ones(0, 0, dtype=torch.bool)
-        """Which tokens of the batch that is running are real."""
+        self.rows: list[slice | Tensor] = []
+        """For each block of the batch that is running: where its real tokens are."""
         self.scratch = Scratch()
         self.moments: defaultdict[SiteKey, MomentSums] = defaultdict(MomentSums)
         self.linear: dict[SiteKey, Tensor] = {}
@@ -42,12 +42,16 @@ class _Sums:
         self.num_tokens = 0
         self.num_blocks = 0
 
+    def start_batch(self, valid: Tensor) -> None:
+        """Note which tokens of the next batch are real; padding comes last in a packed block, so a slice will do."""
+        counts = [int(row.sum()) for row in valid]
+        self.rows = [slice(n) if bool(row[:n].all()) else row for row, n in zip(valid, counts, strict=True)]
+
     def real_rows(self, values: Tensor) -> Iterator[Tensor]:
-        """Yield the real tokens of each block; as a view where padding comes last, which is how blocks are packed."""
-        blocks = values.reshape(*self.valid.shape, values.shape[-1])
-        for block, valid in zip(blocks, self.valid, strict=True):
-            count = int(valid.sum())
-            yield block[:count] if bool(valid[:count].all()) else block[valid.to(block.device)]
+        """Yield the real tokens of each block."""
+        blocks = values.reshape(len(self.rows), -1, values.shape[-1])
+        for block, rows in zip(blocks, self.rows, strict=True):
+            yield block[rows] if isinstance(rows, slice) else block[rows.to(block.device)]
 
     def add_input(self, key: SiteKey, values: Tensor) -> None:
         for rows in self.real_rows(values):
@@ -124,7 +128,7 @@ def collect(
     started = time.perf_counter()
     with torch.inference_mode(), progress(label, blocks.num_tokens, "tokens") as task, tapped(model, **_taps(sums)):
         for batch in blocks.batches(batch_size):
-            sums.valid = batch.valid
+            sums.start_batch(batch.valid)
             run_backbone(model, batch, geometry.family)
             sums.require_finite()
             sums.token_counts += count_tokens(batch.input_ids[batch.valid], sums.vocab_size)
