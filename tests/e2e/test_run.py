@@ -588,6 +588,20 @@ def test_a_result_that_was_not_recorded_is_never_taken_for_an_older_one(
         )
 
 
+DAWDLE = """
+import sys, time
+from secateur import pipeline
+from secateur.cli.main import main
+
+def evaluate_late(*arguments, **options):
+    time.sleep(120)
+
+pipeline.evaluate_text = evaluate_late
+main(sys.argv[1:])
+"""
+"""The command line, but the first measurement never comes: there is always time to interrupt it."""
+
+
 def test_a_process_that_gets_sigint_leaves_whole_files_and_resumes(
     pico: Pico, finished: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
@@ -596,14 +610,14 @@ def test_a_process_that_gets_sigint_leaves_whole_files_and_resumes(
     slow = {"max_tokens": None, "block_size": 64, "batch_size": 1}
     recipe = pico.write_recipe(tmp_path / "r.yml", run, calibrate=slow)
     process = subprocess.Popen(
-        [sys.executable, "-m", "secateur", "run", str(recipe)],
+        [sys.executable, "-c", DAWDLE, "run", str(recipe)],
         stdout=subprocess.PIPE,
         stderr=subprocess.PIPE,
         text=True,
         env=environment(),
     )
     try:
-        wait_until_done("calibrate:medical", run, process)
+        wait_until_done("shrink", run, process)
         process.send_signal(signal.SIGINT)
         _, err = process.communicate(timeout=60)
     finally:
