@@ -13,7 +13,7 @@ import click
 from secateur.cli.main import COMMANDS, cli
 from secateur.families.geometry import family_axis
 from secateur.families.loader import families
-from secateur.records.units import UNIT_KINDS
+from secateur.records.units import LAYER_UNIT_KINDS
 from secateur.score import METHODS
 
 FOLDER = Path(__file__).parent
@@ -50,12 +50,15 @@ def families_page() -> str:
         "Generated from the family files in `src/secateur/families/data`. A new family is one TOML file; it joins the",
         "contract tests by existing.",
         "",
-        "| family | `model_type` | " + " | ".join(f"`{kind}`" for kind in UNIT_KINDS) + " |",
-        "|---|---|" + "---|" * len(UNIT_KINDS),
+        "Token ids (`vocabulary`) can be cut in every family; whether they can depends on the",
+        "[tokenizer](tokenizer.md).",
+        "",
+        "| family | `model_type` | " + " | ".join(f"`{kind}`" for kind in LAYER_UNIT_KINDS) + " |",
+        "|---|---|" + "---|" * len(LAYER_UNIT_KINDS),
     ]
     for name, family in families().items():
         cells = []
-        for kind in UNIT_KINDS:
+        for kind in LAYER_UNIT_KINDS:
             axis = family_axis(family, kind)
             rule = f"; uniform shape: {axis.divisor.number} must divide {axis.divisor.of}" if axis.divisor else ""
             cells.append(f"no: {axis.fixed}" if axis.fixed else f"yes{rule}")

@@ -6,6 +6,7 @@ Every message has three parts: what is wrong, what was received, and what to do.
     |-- ConfigError        a recipe or an option that cannot be right
     |-- FamilyError        a model family that is unknown, or used outside what it can express
     |-- CorpusError        text that is missing, unreadable, or too little
+    |-- TokenizerError     a tokenizer that cannot be rebuilt, or does not do what the plan needs
     |-- CheckpointError    weights that are missing, unsafe, broken, or not finite
     |-- PlanError          a budget that cannot be met, or a plan that does not fit its model
     |-- ExportError        an artefact that could not be written, or that reloads differently
@@ -29,6 +30,10 @@ class FamilyError(SecateurError):
 
 class CorpusError(SecateurError):
     """Text that is missing, unreadable, or too little for the job."""
+
+
+class TokenizerError(SecateurError):
+    """A tokenizer that cannot be rebuilt smaller, or that does not do what a plan needs of it."""
 
 
 class CheckpointError(SecateurError):

@@ -94,6 +94,21 @@ class Geometry:
         """Return the unit counts that a uniform model of this family may have, descending."""
         return [n for n in range(self.axes[kind][0].num_units, 0, -1) if self.is_allowed(kind, n)]
 
+    def vocabulary_costs(self, shapes: Mapping[str, tuple[int, ...]]) -> dict[str, int]:
+        """Return how many numbers one token id has in each parameter that holds one row (or bias) per id.
+
+        Args:
+            shapes: the model's parameters by name, tied ones once or twice.
+        """
+        names = (f"{module}.{leaf}" for module in self.family.vocabulary for leaf in ("weight", "bias"))
+        return {name: math.prod(shapes[name][1:]) for name in names if name in shapes}
+
+    def vocabulary_updates(self, num_tokens: int) -> dict[str, int]:
+        """Return the configuration keys to write when ``num_tokens`` token ids stay."""
+        key = self.family.dimensions["vocab_size"].config
+        assert key is not None, "the schema demands it"
+        return {key: num_tokens}
+
     def require_cuttable(self, kinds: Iterable[str]) -> None:
         """Raise FamilyError if this family cannot cut one of the unit kinds; the reason is said."""
         for kind in kinds:

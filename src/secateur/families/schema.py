@@ -14,7 +14,7 @@ from typing import Literal
 from pydantic import BaseModel, ConfigDict, field_validator, model_validator
 
 from secateur.errors import FamilyError
-from secateur.records.units import PARTS, UNIT_KINDS
+from secateur.records.units import LAYER_UNIT_KINDS, PARTS
 
 _TOKEN = re.compile(r"\s*([A-Za-z_][A-Za-z0-9_]*|[0-9]+|[*/+])")
 
@@ -148,8 +148,8 @@ class Axis(_Data):
     @field_validator("name")
     @classmethod
     def _known_kind(cls, value: str) -> str:
-        if value not in UNIT_KINDS:
-            raise ValueError(f"unknown unit kind {value!r}; known: {', '.join(UNIT_KINDS)}")
+        if value not in LAYER_UNIT_KINDS:
+            raise ValueError(f"unknown unit kind {value!r}; known: {', '.join(LAYER_UNIT_KINDS)}")
         return value
 
     @model_validator(mode="after")
@@ -167,6 +167,8 @@ class Family(_Data):
         name: the family's name.
         model_types: the ``model_type`` values of the configurations it covers.
         layers: path of the module list of decoder layers in the causal language model.
+        vocabulary: modules whose weight (and bias, if any) has one row per token id; those a model lacks are passed
+            over. ``vocab_size`` under ``dimensions`` is read from the configuration key that counts them.
         weight_layout: ``out_in`` (``nn.Linear``) or ``in_out`` (GPT-2's ``Conv1D``).
         packing: how attention is kept within a document in a packed block: ``positions`` (transformers reads restarts
             in ``position_ids``) or ``mask`` (a mask must be passed).
@@ -178,6 +180,7 @@ class Family(_Data):
     name: str
     model_types: tuple[str, ...]
     layers: str
+    vocabulary: tuple[str, ...]
     weight_layout: Literal["out_in", "in_out"] = "out_in"
     packing: Literal["positions", "mask"] = "positions"
     dimensions: dict[str, Dimension]
@@ -189,9 +192,11 @@ class Family(_Data):
         unknown = set(self.parts) - set(PARTS)
         if unknown:
             raise ValueError(f"unknown parts {sorted(unknown)}; known: {', '.join(PARTS)}")
+        if not self.vocabulary or getattr(self.dimensions.get("vocab_size"), "config", None) is None:
+            raise ValueError("a family names its vocabulary modules, and the configuration key of vocab_size")
         names = [axis.name for axis in self.axes]
-        if sorted(names) != sorted(UNIT_KINDS):
-            raise ValueError(f"a family describes each of {', '.join(UNIT_KINDS)} once; got {', '.join(names)}")
+        if sorted(names) != sorted(LAYER_UNIT_KINDS):
+            raise ValueError(f"a family describes each of {', '.join(LAYER_UNIT_KINDS)} once; got {', '.join(names)}")
         for axis in self.axes:
             if axis.count not in self.dimensions:
                 raise ValueError(f"axis {axis.name} counts {axis.count}, which is not under [dimensions]")

@@ -13,7 +13,9 @@ TOY = """
 name = "toy"
 model_types = ["toy"]
 layers = "model.layers"
+vocabulary = ["model.embed_tokens", "lm_head"]
 [dimensions]
+vocab_size = "vocab_size"
 intermediate_size = "ffn"
 num_attention_heads = "heads"
 [parts]

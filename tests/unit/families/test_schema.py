@@ -113,7 +113,8 @@ FAMILY = {
     "name": "toy",
     "model_types": ["toy"],
     "layers": "model.layers",
-    "dimensions": {"intermediate_size": "ffn", "num_attention_heads": "heads"},
+    "vocabulary": ["model.embed_tokens", "lm_head"],
+    "dimensions": {"vocab_size": "vocab_size", "intermediate_size": "ffn", "num_attention_heads": "heads"},
     "parts": {"ffn": ["mlp"]},
     "axes": [FFN, HEADS],
 }
@@ -132,6 +133,11 @@ def test_a_complete_family_is_accepted() -> None:
         ({"axes": [FFN]}, "a family describes each of ffn_channel, gqa_group once; got ffn_channel"),
         ({"axes": [FFN, HEADS, HEADS]}, "got ffn_channel, gqa_group, gqa_group"),
         ({"axes": [{**FFN, "count": "ffn"}, HEADS]}, "axis ffn_channel counts ffn, which is not under .dimensions."),
+        ({"vocabulary": []}, "a family names its vocabulary modules"),
+        (
+            {"dimensions": {"intermediate_size": "ffn", "num_attention_heads": "heads"}},
+            "the configuration key of vocab",
+        ),
         ({"packing": "guess"}, "'positions' or 'mask'"),
         ({"weight_layout": "rows"}, "'out_in' or 'in_out'"),
     ],
