@@ -67,7 +67,8 @@ def lay_blocks(
             start = stop
         assert start <= block_size, "the documents of a row do not fit"
         positions[row, start:] = torch.arange(block_size - start)
-    return BlockBatch(input_ids, positions, document >= 0, document, tuple(piece_bytes))
+    valid = document >= 0
+    return BlockBatch(input_ids, positions, valid, document, valid & (positions > 0), tuple(piece_bytes))
 
 
 def random_documents(lengths: Sequence[int], vocab_size: int = 97, seed: int = 0) -> list[list[int]]:

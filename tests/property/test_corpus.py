@@ -3,19 +3,22 @@
 from __future__ import annotations
 
 from functools import cache
-from itertools import pairwise
+from itertools import accumulate, pairwise
 
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from tokenizers import Tokenizer, models, pre_tokenizers, processors
 from transformers import PreTrainedTokenizerFast
+from transformers.convert_slow_tokenizer import bytes_to_unicode
 
-from secateur.corpus import document_hash, load_split, select_documents
-from secateur.corpus.packing import MIN_PIECE_TOKENS, covered_bytes, cut_document, place_pieces
+from secateur.corpus import count_split_tokens, document_hash, load_split, resegment, select_documents
+from secateur.corpus.packing import MIN_PIECE_TOKENS, PackedBlocks, Piece, covered_bytes, cut_document, place_pieces
+from secateur.corpus.places import TEXT_START, count_covering, count_until, places_after, token_places
 from secateur.corpus.split import SPLITS, assign_split
 from secateur.errors import CorpusError
 from secateur.recipe import SplitRatios
+from secateur.records.token_counts import merge_token_counts
+from tokenizers import Tokenizer, models, pre_tokenizers, processors
 
 ci = settings(deadline=None, derandomize=True)
 texts = st.lists(st.text(st.characters(exclude_categories=["Cs"]), min_size=1, max_size=30), max_size=25)
@@ -31,11 +34,24 @@ def split_ratios(draw: st.DrawFn) -> SplitRatios:
     return SplitRatios(calibration=calibration, validation=validation, test=1.0 - calibration - validation)
 
 
+BYTES = {letter: byte for byte, letter in bytes_to_unicode().items()}
+MERGES = [("a", "b"), ("b", "c"), ("a", "bc"), ("ab", "c"), ("Ġ", "a"), ("æ", "Ŀ"), ("Ŀ", "±"), ("c", "æ"), ("±", "a")]
+"""Some overlap, so that taking one away lets another happen; some join a letter and part of the character 東."""
+
+segmentations = st.tuples(*[st.booleans()] * len(MERGES))
+mixed = st.lists(st.text(alphabet="abc 東é😀", min_size=1, max_size=24), min_size=1, max_size=8)
+
+
 @cache
-def byte_tokenizer(bos: bool) -> PreTrainedTokenizerFast:
-    """Return a tokenizer of single bytes, so that characters are split over tokens; with or without a BOS."""
-    letters = sorted(pre_tokenizers.ByteLevel.alphabet())
-    backend = Tokenizer(models.BPE(vocab={"<s>": 0} | {letter: id for id, letter in enumerate(letters, 1)}, merges=[]))
+def byte_tokenizer(bos: bool, chosen: tuple[bool, ...] = ()) -> PreTrainedTokenizerFast:
+    """Return a tokenizer of single bytes, so that characters are split over tokens, and of the chosen merges."""
+    vocabulary = {"<s>": 0} | {letter: id for id, letter in enumerate(sorted(BYTES), 1)}
+    merges = []
+    for pair, is_chosen in zip(MERGES, chosen, strict=False):
+        if is_chosen and set(pair) <= vocabulary.keys():
+            merges.append(pair)
+            vocabulary.setdefault("".join(pair), len(vocabulary))
+    backend = Tokenizer(models.BPE(vocab=vocabulary, merges=merges))
     backend.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
     if bos:
         backend.post_processor = processors.TemplateProcessing(single="<s> $A", special_tokens=[("<s>", 0)])
@@ -156,3 +172,96 @@ def test_packing_conserves_tokens_and_bytes(
         assert total <= sizes[digest]
         if bos and max_tokens is None:
             assert total == sizes[digest]
+
+
+@ci
+@given(st.integers(0, 20), st.lists(st.tuples(st.integers(0, 20), st.integers(0, 3)), max_size=12))
+def test_a_cut_behind_a_token_leaves_the_later_ones(length: int, found: list[tuple[int, int]]) -> None:
+    """Whatever a tokenizer says, places ascend and its own cuts are where its tokens end."""
+    places = token_places([(start, start + width) for start, width in found], length)
+    assert all(first < second for first, second in pairwise([TEXT_START, *places.tolist()]))
+    for index, cut in enumerate(places_after(places, length).tolist(), start=1):
+        assert count_until(places, cut) == count_covering(places, cut) == index
+
+
+def document_pieces(blocks: PackedBlocks) -> list[list[Piece]]:
+    """Return the pieces of each document in text order."""
+    found: list[list[Piece]] = [[] for _ in range(blocks.num_documents)]
+    for piece in (piece for block in blocks.blocks for piece in block):
+        found[piece.document].append(piece)
+    return [sorted(pieces, key=lambda piece: piece.span.start) for pieces in found]  # type: ignore[union-attr]
+
+
+def follows(pieces: list[Piece], tokenizer: PreTrainedTokenizerFast, text: str) -> bool:
+    """Return whether the pieces' own tokens, joined, begin the text."""
+    letters = "".join(letter for piece in pieces for letter in tokenizer.convert_ids_to_tokens(piece.own_ids.tolist()))
+    return text.encode().startswith(bytes(BYTES[letter] for letter in letters))
+
+
+def times_predicted(pieces: list[Piece], tokenizer: PreTrainedTokenizerFast, text: str) -> list[int]:
+    """Return how often each byte of a document is predicted, following the bytes of its pieces' own tokens."""
+    raw, times, position = text.encode(), [0] * len(text.encode()), 0
+    for piece in pieces:
+        tokens = tokenizer.convert_ids_to_tokens(piece.own_ids.tolist())
+        for place, token in enumerate(tokens, start=piece.num_prefix):
+            assert raw[position : position + len(token)] == bytes(BYTES[letter] for letter in token)
+            for at in range(position, position + len(token)):
+                times[at] += place >= piece.num_context
+            position += len(token)
+    return times
+
+
+@ci
+@given(mixed, st.booleans(), segmentations, segmentations, st.integers(2, 9), st.none() | st.integers(9, 40))
+def test_another_tokenizer_measures_the_same_text(
+    documents: list[str],
+    bos: bool,
+    first: tuple[bool, ...],
+    second: tuple[bool, ...],
+    block_size: int,
+    max_tokens: int | None,
+) -> None:
+    """Every character that was scored is predicted, once; bytes stay; under the same tokenizer all does."""
+    old, new = byte_tokenizer(bos, first), byte_tokenizer(bos, second)
+    try:
+        blocks = load_split(documents, "calibration", old, block_size=block_size, max_tokens=max_tokens, keep_text=True)
+    except CorpusError:
+        return
+    other = resegment(blocks, new)
+    assert torch.equal(other.documents, blocks.documents)
+    for before, after, text in zip(document_pieces(blocks), document_pieces(other), blocks.texts, strict=True):
+        starts = list(accumulate((len(character.encode()) for character in text), initial=0))[:-1]
+        assert sum(piece.num_bytes for piece in after) == sum(piece.num_bytes for piece in before)
+        if len(after) < len(before) and not follows(after, new, text):
+            continue  # a piece that had nothing but context left is gone, and its tokens with it
+        was, now = times_predicted(before, old, text), times_predicted(after, new, text)
+        assert max(was) <= 1
+        assert max(now, default=0) <= 1
+        assert all(now[start] for start in starts if was[start])
+    again = resegment(blocks, old)
+    assert [[piece.ids.tolist() for piece in block] for block in again.blocks] == [
+        [piece.ids.tolist() for piece in block] for block in blocks.blocks
+    ]
+    for same, batch in zip(again.batches(2), blocks.batches(2), strict=True):
+        assert torch.equal(same.predicted, batch.predicted)
+        assert same.piece_bytes == batch.piece_bytes
+
+
+@ci
+@given(texts, st.booleans(), st.integers(0, 25))
+def test_counts_of_shards_add_up(documents: list[str], bos: bool, cut: int) -> None:
+    """Two shards of different documents together count what the whole does."""
+    documents = list({document_hash(text): text for text in documents}.values())
+    tokenizer = byte_tokenizer(bos)
+    try:
+        whole, *shards = (
+            count_split_tokens(part, "calibration", tokenizer, num_ids=len(tokenizer))
+            for part in (documents, documents[:cut], documents[cut:])
+        )
+    except CorpusError:
+        return
+    merged = merge_token_counts(*shards)
+    assert torch.equal(merged.counts, whole.counts)
+    assert torch.equal(merged.documents, whole.documents)
+    assert (merged.num_tokens, merged.num_bytes) == (whole.num_tokens, whole.num_bytes)
+    assert whole.num_tokens == whole.num_bytes == int(whole.counts.sum())

@@ -9,7 +9,7 @@ from __future__ import annotations
 import hashlib
 import json
 from collections.abc import Collection, Iterable, Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any
 
 import numpy as np
@@ -17,10 +17,12 @@ import torch
 from jaxtyping import Int32, Int64
 from torch import Tensor
 
-from secateur.corpus.readers import encodable, explicit_splits, read_documents
+from secateur.corpus.places import TEXT_START, TextSpan, places_after, token_places
+from secateur.corpus.readers import open_source, require_documents
 from secateur.corpus.split import Selection, Split, select_documents
+from secateur.corpus.tokenizing import leading_special_ids, require_fast, tokenize_with_offsets
 from secateur.errors import CorpusError
-from secateur.recipe import CorpusSpec, SplitRatios
+from secateur.recipe import CorpusSpec
 from secateur.records.blocks import BlockBatch
 
 BYTES_PER_TOKEN = 16
@@ -35,8 +37,6 @@ OPEN_BLOCKS = 64
 PADDING_ID = 0
 """Token id on padding: any id will do, and this one every vocabulary has (a ``pad_token_id`` may lie outside)."""
 
-_TOKENIZER_BATCH = 64
-
 
 @dataclass(frozen=True, slots=True)
 class Piece:
@@ -46,11 +46,22 @@ class Piece:
         ids: token ids, the prefix included.
         document: index of its document.
         num_bytes: UTF-8 bytes of the text that its predicted tokens cover.
+        num_prefix: leading ids that are not tokens of its own text.
+        num_context: leading ids that are not predicted; at least 1.
+        span: the text it covers, where that was kept.
     """
 
     ids: Int32[np.ndarray, " tokens"]
     document: int
     num_bytes: int
+    num_prefix: int
+    num_context: int
+    span: TextSpan | None = None
+
+    @property
+    def own_ids(self) -> Int32[np.ndarray, " own"]:
+        """The tokens of its own text."""
+        return self.ids[self.num_prefix :]
 
 
 @dataclass(slots=True, eq=False)
@@ -70,6 +81,7 @@ class PackedBlocks:
         num_excluded: documents that were dropped because the caller excluded them.
         block_size: tokens per block, padding included.
         blocks: for each block its pieces, in order; together never longer than a block.
+        texts: the documents as they were tokenized, by index; empty unless they were to be kept.
     """
 
     name: str
@@ -82,6 +94,7 @@ class PackedBlocks:
     num_excluded: int
     block_size: int
     blocks: list[list[Piece]]
+    texts: tuple[str, ...] = field(repr=False, default=())
 
     @property
     def num_documents(self) -> int:
@@ -123,6 +136,7 @@ def load_split(
     max_tokens: int | None,
     exclude: Collection[int] = (),
     name: str = "corpus",
+    keep_text: bool = False,
 ) -> PackedBlocks:
     """Return a split of a corpus as packed blocks.
 
@@ -137,20 +151,17 @@ def load_split(
         max_tokens: most tokens to take, prefixes included; None for all.
         exclude: hashes of documents that must not be taken, such as those of another bucket.
         name: of the corpus, for messages.
+        keep_text: keeps the documents' text in memory, and which part of it each piece covers, for ``resegment``.
 
     Raises:
         CorpusError: the text cannot be read, there is too little of it, or the tokenizer is not a fast one.
         UnavailableError: a hub data set could not be had.
     """
-    if not getattr(tokenizer, "is_fast", False):
-        raise CorpusError(
-            f"tokenizer {type(tokenizer).__name__} is not a fast one, and only those say which text a token covers. "
-            "Load it with AutoTokenizer, or convert it to tokenizer.json."
-        )
+    require_fast(tokenizer)
     prefix = leading_special_ids(tokenizer)
     _check_sizes(block_size, max_tokens, len(prefix), split)
     selection = _select(source, split, max_tokens, exclude, name)
-    pieces, documents = _take_pieces(selection, tokenizer, prefix, block_size, max_tokens)
+    pieces, documents, texts = _take_pieces(selection, tokenizer, prefix, block_size, max_tokens, keep_text)
     num_tokens = sum(len(piece.ids) for piece in pieces)
     limit_met = max_tokens is not None and max_tokens - num_tokens < _shortest_piece(len(prefix))
     if num_tokens < block_size and not limit_met:
@@ -170,15 +181,8 @@ def load_split(
         num_excluded=selection.num_excluded,
         block_size=block_size,
         blocks=[[pieces[piece] for piece in block] for block in placed],
+        texts=tuple(texts),
     )
-
-
-def leading_special_ids(tokenizer: Any) -> list[int]:
-    """Return the ids that the tokenizer puts before a text by itself, such as a BOS; none for many tokenizers."""
-    bare = tokenizer("a", add_special_tokens=False)["input_ids"]
-    full = tokenizer("a", add_special_tokens=True)["input_ids"]
-    starts = [start for start in range(len(full) - len(bare) + 1) if full[start : start + len(bare)] == bare]
-    return list(full[: starts[0]]) if starts else []
 
 
 def cut_document(num_tokens: int, num_prefix: int, block_size: int, max_tokens: int | None) -> list[tuple[int, int]]:
@@ -275,71 +279,55 @@ def _check_sizes(block_size: int, max_tokens: int | None, num_prefix: int, split
 def _select(
     source: CorpusSpec | Sequence[str], split: Split, max_tokens: int | None, exclude: Collection[int], name: str
 ) -> Selection:
-    documents: Iterable[str]
-    ratios: SplitRatios | None
-    if isinstance(source, CorpusSpec):
-        documents = read_documents(source, split)
-        ratios = None if explicit_splits(source) else source.splits
-    elif isinstance(source, str):
-        raise CorpusError(f"corpus {name!r} is one string. Give a list of documents, or a CorpusSpec for files.")
-    else:
-        documents = (
-            encodable(text, "strict", f"document {number} of corpus {name!r}")
-            for number, text in enumerate(source, start=1)
-        )
-        ratios = SplitRatios()
+    documents, ratios = open_source(source, split, name)
     max_bytes = None if max_tokens is None else max_tokens * BYTES_PER_TOKEN
     selection = select_documents(documents, split=split, ratios=ratios, max_bytes=max_bytes, exclude=exclude)
-    if not selection.num_seen:
-        raise CorpusError(f"corpus {name!r} is empty: no record holds any text. Give files or records with text.")
-    if not selection.texts:
-        excluded = f" ({selection.num_excluded} were excluded)" if selection.num_excluded else ""
-        raise CorpusError(
-            f"corpus {name!r}: {selection.num_seen} documents gave 0 for split {split}{excluded}; give more text or "
-            "set splits."
-        )
+    require_documents(selection.num_seen, len(selection.texts), selection.num_excluded, split, name)
     return selection
 
 
 def _take_pieces(
-    selection: Selection, tokenizer: Any, prefix: list[int], block_size: int, max_tokens: int | None
-) -> tuple[list[Piece], list[int]]:
-    """Return the pieces in document order, and the hashes of the documents that have any."""
+    selection: Selection,
+    tokenizer: Any,
+    prefix: list[int],
+    block_size: int,
+    max_tokens: int | None,
+    keep_text: bool,
+) -> tuple[list[Piece], list[int], list[str]]:
+    """Return the pieces in document order, and the hashes and (if kept) texts of the documents that have any.
+
+    A text far over the limit is cut before it is tokenized.
+    """
     pieces: list[Piece] = []
     documents: list[int] = []
+    kept: list[str] = []
+    max_characters = None if max_tokens is None else max_tokens * BYTES_PER_TOKEN
+    texts = (text[:max_characters] for text in selection.texts)
     left = max_tokens
-    for digest, (text, ids, offsets) in zip(
-        selection.hashes, _tokenized(selection.texts, tokenizer, max_tokens), strict=True
-    ):
+    for digest, (text, ids, offsets) in zip(selection.hashes, tokenize_with_offsets(texts, tokenizer), strict=True):
         cuts = cut_document(len(ids), len(prefix), block_size, left)
         if cuts:
-            pieces += _document_pieces(text, ids, offsets, cuts, prefix, len(documents))
+            spans = _spans(text, offsets, cuts, bool(prefix)) if keep_text else [None] * len(cuts)
+            pieces += _document_pieces(text, ids, offsets, cuts, spans, prefix, len(documents))
             documents.append(digest)
+            kept += [text] if keep_text else []
         if left is not None:
             left -= sum(len(prefix) + stop - start for start, stop in cuts)
             if left < _shortest_piece(len(prefix)):
                 break
-    return pieces, documents
+    return pieces, documents, kept
 
 
-def _tokenized(
-    texts: Sequence[str], tokenizer: Any, max_tokens: int | None
-) -> Iterator[tuple[str, list[int], list[tuple[int, int]]]]:
-    """Yield text, token ids and character offsets of each document; a text far over the limit is cut first."""
-    max_characters = None if max_tokens is None else max_tokens * BYTES_PER_TOKEN
-    for first in range(0, len(texts), _TOKENIZER_BATCH):
-        batch = [text[:max_characters] for text in texts[first : first + _TOKENIZER_BATCH]]
-        encoded = tokenizer(
-            batch,
-            add_special_tokens=False,
-            return_offsets_mapping=True,
-            return_attention_mask=False,
-            return_token_type_ids=False,
-            padding=False,
-            truncation=False,
-            verbose=False,  # long documents are expected here; no warning about the model's length
-        )
-        yield from zip(batch, encoded["input_ids"], encoded["offset_mapping"], strict=True)
+def _spans(
+    text: str, offsets: list[tuple[int, int]], cuts: list[tuple[int, int]], has_prefix: bool
+) -> list[TextSpan | None]:
+    """Return the text that each piece covers; without a prefix what its first token covers is context."""
+    after = places_after(token_places(offsets, len(text)), len(text))
+    spans: list[TextSpan | None] = []
+    for start, stop in cuts:
+        begin = int(after[start - 1]) if start else TEXT_START
+        spans.append(TextSpan(begin, int(after[stop - 1]), begin if has_prefix else int(after[start])))
+    return spans
 
 
 def _document_pieces(
@@ -347,6 +335,7 @@ def _document_pieces(
     ids: list[int],
     offsets: list[tuple[int, int]],
     cuts: list[tuple[int, int]],
+    spans: Sequence[TextSpan | None],
     prefix: list[int],
     document: int,
 ) -> list[Piece]:
@@ -358,8 +347,11 @@ def _document_pieces(
             ids=np.array(prefix + ids[start:stop], dtype=np.int32),
             document=document,
             num_bytes=int(reach[stop] - reach[start + context]),
+            num_prefix=len(prefix),
+            num_context=len(prefix) + context,
+            span=span,
         )
-        for start, stop in cuts
+        for (start, stop), span in zip(cuts, spans, strict=True)
     ]
 
 
@@ -368,6 +360,7 @@ def _batch(blocks: Sequence[Sequence[Piece]], block_size: int) -> BlockBatch:
     input_ids = np.full(shape, PADDING_ID, dtype=np.int64)
     position_ids = np.zeros(shape, dtype=np.int64)
     document = np.full(shape, -1, dtype=np.int64)
+    predicted = np.zeros(shape, dtype=np.bool_)
     for row, pieces in enumerate(blocks):
         start = 0
         for piece in pieces:
@@ -375,6 +368,7 @@ def _batch(blocks: Sequence[Sequence[Piece]], block_size: int) -> BlockBatch:
             input_ids[row, start:stop] = piece.ids
             position_ids[row, start:stop] = np.arange(stop - start)
             document[row, start:stop] = piece.document
+            predicted[row, start + piece.num_context : stop] = True
             start = stop
         position_ids[row, start:] = np.arange(block_size - start)
     return BlockBatch(
@@ -382,6 +376,7 @@ def _batch(blocks: Sequence[Sequence[Piece]], block_size: int) -> BlockBatch:
         position_ids=torch.from_numpy(position_ids),
         valid=torch.from_numpy(document >= 0),
         document=torch.from_numpy(document),
+        predicted=torch.from_numpy(predicted),
         piece_bytes=tuple((piece.document, piece.num_bytes) for pieces in blocks for piece in pieces),
     )
 

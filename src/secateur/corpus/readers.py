@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator, Sequence
 from pathlib import Path
 from typing import Literal
 
@@ -11,7 +11,7 @@ from secateur.corpus.files import data_suffix, source_files
 from secateur.corpus.formats import FORMATS, PLAIN_SUFFIXES, ReadOptions, Row, check_encoding, read_rows
 from secateur.corpus.split import SPLITS, Split
 from secateur.errors import CorpusError, UnavailableError
-from secateur.recipe import CorpusSpec
+from secateur.recipe import CorpusSpec, SplitRatios
 from secateur.registry import unknown_name
 
 
@@ -57,6 +57,52 @@ def check_sources(spec: CorpusSpec) -> None:
                 "or give .jsonl, .json, .csv or .parquet files."
             )
         next(_file_documents(files[0], template, spec), None)
+
+
+def open_source(
+    source: CorpusSpec | Sequence[str], split: Split, name: str
+) -> tuple[Iterable[str], SplitRatios | None]:
+    """Return the documents of a source, and the shares by which they are split (None: by their owner, already).
+
+    Args:
+        source: a corpus spec, or documents in memory, which are split with the default shares.
+        split: the one wanted; documents of others may be among those returned unless their owner split them.
+        name: of the corpus, for messages.
+
+    Raises:
+        CorpusError: the source is a single string. Documents that cannot be read raise when they are reached.
+    """
+    if isinstance(source, CorpusSpec):
+        return read_documents(source, split), None if explicit_splits(source) else source.splits
+    if isinstance(source, str):
+        raise CorpusError(f"corpus {name!r} is one string. Give a list of documents, or a CorpusSpec for files.")
+    documents = (
+        encodable(text, "strict", f"document {number} of corpus {name!r}")
+        for number, text in enumerate(source, start=1)
+    )
+    return documents, SplitRatios()
+
+
+def require_documents(num_seen: int, num_taken: int, num_excluded: int, split: Split, name: str) -> None:
+    """Refuse a corpus without text, or one whose split has no document.
+
+    Args:
+        num_seen: documents with text, of all splits.
+        num_taken: documents of the split that were taken.
+        num_excluded: documents of the split that were to be excluded.
+        split: the one wanted.
+        name: of the corpus.
+
+    Raises:
+        CorpusError: nothing was seen, or nothing taken.
+    """
+    if not num_seen:
+        raise CorpusError(f"corpus {name!r} is empty: no record holds any text. Give files or records with text.")
+    if not num_taken:
+        excluded = f" ({num_excluded} were excluded)" if num_excluded else ""
+        raise CorpusError(
+            f"corpus {name!r}: {num_seen} documents gave 0 for split {split}{excluded}; give more text or set splits."
+        )
 
 
 def explicit_splits(spec: CorpusSpec) -> tuple[Split, ...]:

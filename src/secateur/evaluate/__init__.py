@@ -2,5 +2,6 @@
 
 from secateur.evaluate.footprint import model_parameters
 from secateur.evaluate.perplexity import evaluate_text
+from secateur.evaluate.vocabulary import evaluate_resegmented
 
-__all__ = ["evaluate_text", "model_parameters"]
+__all__ = ["evaluate_resegmented", "evaluate_text", "model_parameters"]

@@ -24,13 +24,16 @@ class BlockBatch:
         position_ids: position within the piece, from 0; restarts mark piece boundaries.
         valid: False on padding.
         document: index of the piece's document within the run of blocks; -1 on padding.
-        piece_bytes: per batch row, tuples of (document, UTF-8 bytes of the piece's predicted tokens).
+        predicted: which tokens' losses count: real ones that are not context. The first token of a piece never is,
+            because nothing comes before it.
+        piece_bytes: for each piece in turn, (document, UTF-8 bytes of the piece's predicted text).
     """
 
     input_ids: Int64[Tensor, "batch seq"]
     position_ids: Int64[Tensor, "batch seq"]
     valid: Bool[Tensor, "batch seq"]
     document: Int64[Tensor, "batch seq"]
+    predicted: Bool[Tensor, "batch seq"]
     piece_bytes: tuple[tuple[int, int], ...]
 
     @property

@@ -7,7 +7,7 @@ from collections.abc import Mapping
 from dataclasses import asdict, dataclass, field
 from typing import Any
 
-SCHEMA_VERSION = 1
+SCHEMA_VERSION = 2
 
 
 @dataclass(frozen=True, slots=True)
@@ -23,7 +23,8 @@ class TextScore:
         num_excluded: test documents left out because they had been calibrated on.
         corpus_fingerprint: identifies the test text.
         tokens_per_s: speed of this measurement.
-        document_nll: per document, summed nats (kept for paired comparisons); ``document_tokens`` its tokens.
+        document_nll: per document, summed nats (kept for paired comparisons); ``document_tokens`` its predicted tokens
+            and ``document_bytes`` their UTF-8 length, which is the same under every tokenizer.
     """
 
     nll_per_token: float
@@ -38,6 +39,7 @@ class TextScore:
     tokens_per_s: float
     document_nll: tuple[float, ...] = field(repr=False, default=())
     document_tokens: tuple[int, ...] = field(repr=False, default=())
+    document_bytes: tuple[int, ...] = field(repr=False, default=())
 
     @property
     def perplexity(self) -> float:
@@ -74,10 +76,50 @@ class ModelScore:
 
 @dataclass(frozen=True, slots=True)
 class PairedDifference:
-    """Difference of two models' NLL on the same documents, in nats per token, first minus second."""
+    """Difference of two models' losses on the same documents, first minus second; whoever made it says in what unit."""
 
     mean: float
     stderr: float
+
+
+@dataclass(frozen=True, slots=True)
+class SegmentationChange:
+    """What another tokenizer did to a measured text.
+
+    Attributes:
+        tokens_before: tokens of the text as the dense model reads it; what a tokenizer puts before a text by itself is
+            not counted, here and below.
+        tokens_after: tokens of the same text under the other tokenizer.
+        tokens_lost: tokens before whose id is no longer in the vocabulary.
+        documents_touched: documents with at least one of those.
+        num_documents: documents of the text.
+    """
+
+    tokens_before: int
+    tokens_after: int
+    tokens_lost: int
+    documents_touched: int
+    num_documents: int
+
+
+@dataclass(frozen=True, slots=True)
+class VocabularyEffect:
+    """What a smaller vocabulary alone does to one bucket's test text, measured with the dense model.
+
+    Attributes:
+        resegmented: the dense model reading the text as the smaller tokenizer cuts it; it still gives every token of
+            the full vocabulary a probability.
+        restricted: the same, with the probabilities shared out among the kept tokens only.
+        tokens_before: as in ``SegmentationChange``, and so are the other counts.
+    """
+
+    resegmented: TextScore
+    restricted: TextScore
+    tokens_before: int
+    tokens_after: int
+    tokens_lost: int
+    documents_touched: int
+    num_documents: int
 
 
 @dataclass(frozen=True, slots=True)
@@ -87,11 +129,13 @@ class Evaluation:
     Attributes:
         models: rows by name, in the order measured.
         seed: seed of the random control.
+        vocabulary: per bucket, what the smaller vocabulary alone does; empty where the vocabulary stayed whole.
         schema_version: version of this record's JSON form.
     """
 
     models: Mapping[str, ModelScore]
     seed: int
+    vocabulary: Mapping[str, VocabularyEffect] = field(default_factory=dict)
     schema_version: int = SCHEMA_VERSION
 
     def to_dict(self) -> dict[str, Any]:
@@ -106,31 +150,75 @@ class Evaluation:
 
     @classmethod
     def from_dict(cls, data: Mapping[str, Any]) -> Evaluation:
-        """Return the evaluation that ``to_dict`` wrote."""
+        """Return the evaluation that ``to_dict`` wrote.
+
+        Raises:
+            KeyError: something is missing.
+            TypeError: something is there that does not belong, or another version of secateur wrote it.
+        """
+        if data["schema_version"] != SCHEMA_VERSION:
+            raise TypeError(f"schema version {data['schema_version']!r}, and this secateur reads {SCHEMA_VERSION}")
         models = {}
         for name, model in data["models"].items():
-            text = {}
-            for bucket, score in model["text"].items():
-                plain = {k: v for k, v in score.items() if k not in ("perplexity", "perplexity_stderr")}
-                plain["document_nll"] = tuple(plain["document_nll"])
-                plain["document_tokens"] = tuple(plain["document_tokens"])
-                text[bucket] = TextScore(**plain)
+            text = {bucket: _text_score(score) for bucket, score in model["text"].items()}
             models[name] = ModelScore(**{**model, "text": text})
-        return cls(models=models, seed=data["seed"], schema_version=data["schema_version"])
+        vocabulary = {}
+        for bucket, effect in data["vocabulary"].items():
+            scores = {name: _text_score(effect[name]) for name in ("resegmented", "restricted")}
+            vocabulary[bucket] = VocabularyEffect(**{**effect, **scores})
+        return cls(models=models, seed=data["seed"], vocabulary=vocabulary)
+
+
+def _text_score(data: Mapping[str, Any]) -> TextScore:
+    plain = {key: value for key, value in data.items() if key not in ("perplexity", "perplexity_stderr")}
+    for key in ("document_nll", "document_tokens", "document_bytes"):
+        plain[key] = tuple(plain[key])
+    return TextScore(**plain)
 
 
 def paired_difference(first: TextScore, second: TextScore) -> PairedDifference:
     """Return the NLL difference of two models on the same documents, with the standard error of that difference.
 
-    Much tighter than comparing two error bars, because a hard document is hard for both models.
+    Much tighter than comparing two error bars, because a hard document is hard for both models. The models may read
+    the same text under different tokenizers.
+
+    Args:
+        first: one model's score.
+        second: the reference's, usually the dense model's.
+
+    Returns:
+        The difference in nats per predicted token of the second model's segmentation.
 
     Raises:
         ValueError: the scores come from different text.
     """
-    if (first.corpus_fingerprint, first.document_tokens) != (second.corpus_fingerprint, second.document_tokens):
+    return _paired(_nll_differences(first, second), second.document_tokens)
+
+
+def paired_bits_per_byte(first: TextScore, second: TextScore) -> PairedDifference:
+    """Return the difference of two models in bits per UTF-8 byte on the same documents, with its standard error.
+
+    Raises:
+        ValueError: the scores come from different text, or do not know the bytes of each document.
+    """
+    if not second.document_bytes:
+        raise ValueError("a difference per byte needs the bytes of each document; measure both models again")
+    return _paired([delta / math.log(2) for delta in _nll_differences(first, second)], second.document_bytes)
+
+
+def _nll_differences(first: TextScore, second: TextScore) -> list[float]:
+    """Return the difference in summed nats per document; both scores must be of the same documents."""
+    known = bool(first.document_bytes and second.document_bytes)  # not in records from before there were bytes
+    same = (
+        first.document_bytes == second.document_bytes if known else first.document_tokens == second.document_tokens
+    ) and len(first.document_nll) == len(second.document_nll)
+    if first.corpus_fingerprint != second.corpus_fingerprint or not same:
         raise ValueError("paired comparison needs the same test documents for both models")
-    deltas = [a - b for a, b in zip(first.document_nll, second.document_nll, strict=True)]
-    mean, stderr = ratio_estimate(deltas, first.document_tokens)
+    return [a - b for a, b in zip(first.document_nll, second.document_nll, strict=True)]
+
+
+def _paired(deltas: list[float], sizes: tuple[int, ...]) -> PairedDifference:
+    mean, stderr = ratio_estimate(deltas, sizes)
     return PairedDifference(mean, stderr)
 
 

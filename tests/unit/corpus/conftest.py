@@ -1,10 +1,13 @@
-"""Small fast tokenizers, built here: byte-level BPE over a few sentences, without and with a BOS."""
+"""Small fast tokenizers, built here: byte-level BPE over a few sentences, and one like SentencePiece; BOS or none."""
 
 from __future__ import annotations
 
+import json
+
 import pytest
-from tokenizers import Tokenizer, decoders, models, pre_tokenizers, processors, trainers
 from transformers import PreTrainedTokenizerFast
+
+from tokenizers import Tokenizer, decoders, models, normalizers, pre_tokenizers, processors, trainers
 
 SENTENCES = [
     "The patient was given ten milligrams of the drug every morning.",
@@ -13,18 +16,39 @@ SENTENCES = [
 ]
 
 
-def build_tokenizer(*, bos: bool) -> PreTrainedTokenizerFast:
-    """Return a byte-level BPE tokenizer; with ``bos`` its post-processor puts ``<s>`` before and ``</s>`` after."""
+def build_tokenizer(*, bos: bool, num_merges: int = 61) -> PreTrainedTokenizerFast:
+    """Return a byte-level BPE tokenizer; with ``bos`` its post-processor puts ``<s>`` before and ``</s>`` after.
+
+    With fewer merges the tokens that are left keep their ids.
+    """
     backend = Tokenizer(models.BPE())
     backend.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
     backend.decoder = decoders.ByteLevel()
     trainer = trainers.BpeTrainer(
-        vocab_size=320,
+        vocab_size=3 + 256 + num_merges,
         special_tokens=["<unk>", "<s>", "</s>"],
         initial_alphabet=pre_tokenizers.ByteLevel.alphabet(),
         show_progress=False,
     )
     backend.train_from_iterator(SENTENCES, trainer)
+    return _wrapped(backend, bos)
+
+
+def build_sentencepiece(*, bos: bool, vocab_size: int = 340) -> PreTrainedTokenizerFast:
+    """Return a BPE tokenizer that writes ``▁`` for spaces and before a text; other letters are byte tokens."""
+    backend = Tokenizer(models.BPE(byte_fallback=True, unk_token="<unk>", fuse_unk=True))
+    backend.normalizer = normalizers.Sequence([normalizers.Prepend("▁"), normalizers.Replace(" ", "▁")])
+    bytes_ = [f"<0x{byte:02X}>" for byte in range(256)]
+    trainer = trainers.BpeTrainer(
+        vocab_size=vocab_size, special_tokens=["<unk>", "<s>", "</s>"], initial_alphabet=[], show_progress=False
+    )
+    backend.train_from_iterator([word for line in SENTENCES for word in line.split()], trainer)
+    data = json.loads(backend.to_str())
+    data["model"]["vocab"] |= {name: len(data["model"]["vocab"]) + byte for byte, name in enumerate(bytes_)}
+    return _wrapped(Tokenizer.from_str(json.dumps(data)), bos)
+
+
+def _wrapped(backend: Tokenizer, bos: bool) -> PreTrainedTokenizerFast:
     if bos:
         backend.post_processor = processors.TemplateProcessing(
             single="<s> $A </s>", special_tokens=[("<s>", 1), ("</s>", 2)]

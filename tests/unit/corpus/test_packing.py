@@ -12,21 +12,21 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
-from tokenizers import Tokenizer, models
 from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
 
 from secateur.corpus.packing import (
     PackedBlocks,
     covered_bytes,
     cut_document,
-    leading_special_ids,
     load_split,
     place_pieces,
 )
+from secateur.corpus.places import TEXT_START
 from secateur.corpus.split import document_hash, select_documents
 from secateur.errors import CorpusError
 from secateur.recipe import CorpusSpec, SplitRatios
 from secateur.records.blocks import BlockBatch, TokenBlocks
+from tokenizers import Tokenizer, models
 
 from .conftest import build_tokenizer
 
@@ -136,6 +136,36 @@ def test_blocks_are_well_formed(tokenizer: PreTrainedTokenizerFast) -> None:
     assert batch.num_tokens == blocks.num_tokens
 
 
+def test_all_but_the_first_of_a_piece_is_predicted(tokenizer: PreTrainedTokenizerFast) -> None:
+    """A BOS, or without one the first token of the text, is context; padding is not predicted either."""
+    batch = whole(load(tokenizer))
+    assert torch.equal(batch.predicted, batch.valid & (batch.position_ids > 0))
+
+
+def test_keeping_the_text_changes_nothing_else(tokenizer: PreTrainedTokenizerFast) -> None:
+    """With the text come spans that follow one another; tokens, bytes and fingerprint stay as they are."""
+    without, blocks = load(tokenizer, max_tokens=200), load(tokenizer, max_tokens=200, keep_text=True)
+    assert blocks.describe() == without.describe()
+    assert torch.equal(whole(blocks).input_ids, whole(without).input_ids)
+    assert [document_hash(text) for text in blocks.texts] == blocks.documents.tolist()
+    assert without.texts == ()
+    assert {piece.span for block in without.blocks for piece in block} == {None}
+    reached = dict.fromkeys(range(blocks.num_documents), TEXT_START)
+    spans = [(piece.document, piece.span) for block in blocks.blocks for piece in block if piece.span]
+    assert len(spans) == sum(map(len, blocks.blocks))
+    for document, span in sorted(spans, key=lambda entry: entry[1].start):
+        assert span.start == reached[document]
+        assert span.start <= span.scored_from < span.end
+        reached[document] = span.end
+
+
+def test_the_own_tokens_of_a_piece_are_without_the_prefix(bos_tokenizer: PreTrainedTokenizerFast) -> None:
+    """What the tokenizer puts before a text by itself is no token of the text."""
+    for piece in (piece for block in load(bos_tokenizer).blocks for piece in block):
+        assert (piece.num_prefix, piece.num_context) == (1, 1)
+        assert piece.own_ids.tolist() == piece.ids.tolist()[1:]
+
+
 @pytest.mark.parametrize("batch_size", [1, 3, 1000])
 def test_batching_changes_nothing(tokenizer: PreTrainedTokenizerFast, batch_size: int) -> None:
     """Batches of any size, joined, are the same blocks; iterating again gives them again."""
@@ -144,7 +174,7 @@ def test_batching_changes_nothing(tokenizer: PreTrainedTokenizerFast, batch_size
     for _ in range(2):
         parts = list(blocks.batches(batch_size))
         assert all(1 <= len(part.input_ids) <= batch_size for part in parts)
-        for field in ("input_ids", "position_ids", "valid", "document"):
+        for field in ("input_ids", "position_ids", "valid", "document", "predicted"):
             joined = torch.cat([getattr(part, field) for part in parts])
             assert torch.equal(joined, getattr(reference, field))
         assert sum((part.piece_bytes for part in parts), ()) == reference.piece_bytes
@@ -372,12 +402,6 @@ def test_documents_without_tokens_are_left_out() -> None:
     texts = ["a" * number + "b" for number in range(1, 10)]
     blocks = load(tokenizer, [*texts, *"cdefghijkl"])
     assert blocks.documents.tolist() == load(tokenizer, texts).documents.tolist()
-
-
-def test_leading_special_ids(plain_tokenizer: PreTrainedTokenizerFast, bos_tokenizer: PreTrainedTokenizerFast) -> None:
-    """Only what the tokenizer puts before a text by itself."""
-    assert leading_special_ids(plain_tokenizer) == []
-    assert leading_special_ids(bos_tokenizer) == [1]
 
 
 @pytest.mark.parametrize(

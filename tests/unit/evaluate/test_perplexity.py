@@ -14,7 +14,7 @@ from torch.nn.functional import cross_entropy
 
 from secateur.errors import CheckpointError, CorpusError
 from secateur.evaluate import evaluate_text
-from secateur.evaluate.perplexity import predicted, token_nll
+from secateur.evaluate.perplexity import token_nll
 from secateur.families.loader import families
 from secateur.families.schema import Family
 from secateur.records.evaluation import TextScore
@@ -35,7 +35,7 @@ def check_against_loop(score: TextScore, model: Any, texts: Sequence[Sequence[in
     losses = [reference_nll(model, ids) for ids in texts]
     counts = [len(ids) - 1 for ids in texts]
     assert score.document_nll == pytest.approx(losses, rel=rel)
-    assert score.document_tokens == tuple(counts)
+    assert score.document_tokens == score.document_bytes == tuple(counts)
     assert (score.num_tokens, score.num_bytes, score.num_documents) == (sum(counts), sum(counts), len(texts))
     mean = sum(losses) / sum(counts)
     assert score.nll_per_token == pytest.approx(mean, rel=rel)
@@ -137,6 +137,26 @@ def test_documents_without_a_predicted_token_do_not_count() -> None:
         evaluate_text(model, HandMadeBlocks(texts[:1], [[0]], 16), family)
 
 
+def test_only_what_is_marked_as_predicted_counts() -> None:
+    """Context is read and not measured; a document whose text has no bytes is not measured, whatever is predicted."""
+    family = families()["llama"]
+    model, texts = pico_model(family), random_documents([6, 5])
+
+    class Contextual(HandMadeBlocks):
+        """The same blocks, two context tokens per piece."""
+
+        def batches(self, batch_size: int) -> Any:
+            """Yield the same batches with another mark."""
+            for batch in super().batches(batch_size):
+                predicted = batch.predicted & (batch.position_ids > 1)
+                yield replace(batch, predicted=predicted, piece_bytes=((0, 4), (1, 0)))
+
+    score = evaluate_text(model, Contextual(texts, [[0, 1]], 16), family)
+    assert (score.document_tokens, score.document_bytes, score.num_documents) == ((4,), (4,), 1)
+    whole, start = reference_nll(model, texts[0]), reference_nll(model, texts[0][:2])
+    assert score.document_nll == pytest.approx([whole - start], rel=1e-10)
+
+
 def test_bits_per_byte_count_the_bytes_of_the_text() -> None:
     """Twice the bytes per token is half the bits per byte; perplexity does not care."""
     family = families()["llama"]
@@ -152,7 +172,7 @@ def test_bits_per_byte_count_the_bytes_of_the_text() -> None:
 
     narrow = evaluate_text(model, blocks, family)
     wide = evaluate_text(model, Wide(blocks.texts, blocks.rows, blocks.block_size), family)
-    assert wide.num_bytes == 2 * narrow.num_bytes
+    assert wide.num_bytes == 2 * narrow.num_bytes == sum(wide.document_bytes)
     assert wide.bits_per_byte == pytest.approx(narrow.bits_per_byte / 2, rel=1e-12)
     assert wide.bits_per_byte_stderr == pytest.approx(narrow.bits_per_byte_stderr / 2, rel=1e-9)
     assert wide.perplexity == narrow.perplexity
@@ -201,7 +221,22 @@ def test_progress_is_told_of_every_token() -> None:
 def test_the_first_token_of_a_piece_and_padding_are_not_predicted() -> None:
     """They have nothing before them."""
     batch = lay_blocks(random_documents([3, 2]), [[0, 1]], 8)
-    assert predicted(batch).tolist() == [[False, True, True, False, True, False, False, False]]
+    assert batch.predicted.tolist() == [[False, True, True, False, True, False, False, False]]
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32, torch.float64])
+@pytest.mark.parametrize("seq", [2, 33, 70])
+def test_probability_is_shared_out_among_the_kept_ids(dtype: torch.dtype, seq: int) -> None:
+    """With ``keep`` the loss is that of logits which have no other columns."""
+    generator = torch.Generator().manual_seed(seq)
+    logits = (4 * torch.randn(2, seq, 50, generator=generator)).to(dtype)
+    keep = torch.randperm(50, generator=generator)[:20]
+    ids = torch.randint(0, 20, (2, seq), generator=generator)
+    wanted = torch.rand(2, seq, generator=generator) < 0.7
+    wanted[:, 0] = False
+    found = token_nll(logits, keep[ids], wanted, keep)
+    torch.testing.assert_close(found, token_nll(logits[..., keep], ids, wanted), rtol=0, atol=0)
+    assert (found <= token_nll(logits, keep[ids], wanted) + 1e-6).all()
 
 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16, torch.float32, torch.float64])

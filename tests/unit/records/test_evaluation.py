@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 import math
-from dataclasses import replace
+from dataclasses import asdict, replace
 from typing import Any
 
 import numpy as np
@@ -13,7 +13,10 @@ import pytest
 from secateur.records.evaluation import (
     Evaluation,
     ModelScore,
+    SegmentationChange,
     TextScore,
+    VocabularyEffect,
+    paired_bits_per_byte,
     paired_difference,
     ratio_estimate,
 )
@@ -34,6 +37,7 @@ def text_score(**changes: Any) -> TextScore:
         "tokens_per_s": 1000.0,
         "document_nll": (40.0, 30.0, 50.0),
         "document_tokens": (10, 20, 30),
+        "document_bytes": (40, 60, 100),
     }
     return TextScore(**{**fields, **changes})
 
@@ -45,6 +49,13 @@ def evaluation(**changes: Any) -> Evaluation:
         for name in ("dense", "pruned")
     }
     return Evaluation(models=models, seed=3)
+
+
+def vocabulary_effect(**changes: Any) -> VocabularyEffect:
+    """Return a made-up effect of a smaller vocabulary."""
+    change = SegmentationChange(tokens_before=63, tokens_after=70, tokens_lost=4, documents_touched=2, num_documents=3)
+    restricted = text_score(document_nll=(39.0, 29.0, 49.0), **changes)
+    return VocabularyEffect(text_score(**changes), restricted, **asdict(change))
 
 
 def test_perplexity_and_its_error_follow_from_the_loss() -> None:
@@ -70,9 +81,38 @@ def test_a_models_parameters_add_up() -> None:
 @pytest.mark.parametrize("changes", [{}, {"nll_stderr": math.inf, "num_documents": 1}], ids=["usual", "one document"])
 def test_an_evaluation_survives_plain_data_and_json(changes: dict[str, Any]) -> None:
     """What was written is what is read, an unknown standard error included."""
-    record = evaluation(**changes)
-    assert Evaluation.from_dict(record.to_dict()) == record
-    assert Evaluation.from_dict(json.loads(json.dumps(record.to_dict()))) == record
+    plain = evaluation(**changes)
+    for record in (plain, replace(plain, vocabulary={"medical": vocabulary_effect(**changes)})):
+        assert Evaluation.from_dict(record.to_dict()) == record
+        assert Evaluation.from_dict(json.loads(json.dumps(record.to_dict()))) == record
+
+
+def test_the_vocabulary_stayed_whole_unless_it_is_said() -> None:
+    """An evaluation without a smaller vocabulary has no effect of one, and says so in its file."""
+    record = evaluation()
+    assert record.vocabulary == {}
+    assert record.to_dict()["vocabulary"] == {}
+
+
+@pytest.mark.parametrize("version", [None, 1, 3, "2"])
+def test_an_evaluation_of_another_version_is_not_read(version: object) -> None:
+    """Fields may mean something else there; what reads the file says that it can be made again."""
+    data = {**evaluation().to_dict(), "schema_version": version}
+    with pytest.raises(TypeError, match=r"schema version .*, and this secateur reads 2"):
+        Evaluation.from_dict(data)
+
+
+def test_a_file_without_the_new_fields_is_not_read() -> None:
+    """What is missing is named."""
+    for key in ("schema_version", "vocabulary"):
+        data = evaluation().to_dict()
+        del data[key]
+        with pytest.raises(KeyError, match=key):
+            Evaluation.from_dict(data)
+    data = evaluation().to_dict()
+    del data["models"]["dense"]["text"]["medical"]["document_bytes"]
+    with pytest.raises(KeyError, match="document_bytes"):
+        Evaluation.from_dict(data)
 
 
 def test_the_file_states_the_perplexity_for_readers() -> None:
@@ -132,8 +172,60 @@ def test_a_paired_difference_is_signed_and_tighter() -> None:
     assert paired_difference(first, first).mean == 0.0
 
 
-@pytest.mark.parametrize("changes", [{"corpus_fingerprint": "other"}, {"document_tokens": (10, 20, 31)}])
+def test_another_segmentation_is_compared_per_token_of_the_reference() -> None:
+    """The same bytes under other tokens: the difference is per token of the second model's segmentation."""
+    finer = text_score(document_nll=(45.0, 31.0, 54.0), document_tokens=(20, 20, 60), num_tokens=100)
+    dense = text_score()
+    difference = paired_difference(finer, dense)
+    assert difference.mean == pytest.approx(10 / 60)
+    assert difference == paired_difference(replace(finer, document_tokens=dense.document_tokens), dense)
+    assert paired_difference(dense, finer).mean == pytest.approx(-10 / 100)
+
+
+def test_bits_per_byte_are_compared_on_the_same_documents() -> None:
+    """The difference of the totals in bits over all bytes, whatever the tokens; opposite when turned round."""
+    first = text_score(document_nll=(45.0, 31.0, 54.0), document_tokens=(20, 20, 60))
+    difference = paired_bits_per_byte(first, text_score())
+    assert difference.mean == pytest.approx(10 / math.log(2) / 200)
+    mean, stderr = ratio_estimate([5 / math.log(2), 1 / math.log(2), 4 / math.log(2)], [40, 60, 100])
+    assert (difference.mean, difference.stderr) == pytest.approx((mean, stderr))
+    assert paired_bits_per_byte(text_score(), first).mean == pytest.approx(-difference.mean)
+
+
+def test_a_constant_difference_per_byte_has_no_error() -> None:
+    """Half a bit more for every byte is half a bit, without doubt."""
+    more = tuple(nll + 0.5 * math.log(2) * size for nll, size in zip((40.0, 30.0, 50.0), (40, 60, 100), strict=True))
+    difference = paired_bits_per_byte(text_score(document_nll=more), text_score())
+    assert difference.mean == pytest.approx(0.5)
+    assert difference.stderr == pytest.approx(0.0, abs=1e-12)
+
+
+@pytest.mark.parametrize(
+    "changes",
+    [
+        {"corpus_fingerprint": "other"},
+        {"document_bytes": (40, 60, 101)},
+        {"document_bytes": (), "document_tokens": (10, 20, 31)},
+        {"document_nll": (1.0, 2.0), "document_tokens": (10, 20), "document_bytes": (40, 60)},
+    ],
+)
 def test_models_measured_on_different_text_are_not_compared(changes: dict[str, Any]) -> None:
     """A paired comparison needs the same documents."""
-    with pytest.raises(ValueError, match="same test documents"):
-        paired_difference(text_score(), replace(text_score(), **changes))
+    for compare in (paired_difference, paired_bits_per_byte):
+        for pair in (
+            (text_score(), replace(text_score(), **changes)),
+            (replace(text_score(), **changes), text_score()),
+        ):
+            with pytest.raises(ValueError, match=r"same test documents|needs the bytes of each document"):
+                compare(*pair)
+
+
+def test_scores_from_before_there_were_bytes_are_compared_by_their_tokens() -> None:
+    """Records that do not know the bytes of each document still compare, per token only."""
+    old = text_score(document_bytes=())
+    assert paired_difference(old, text_score()).mean == 0.0
+    assert paired_difference(old, old).mean == 0.0
+    with pytest.raises(ValueError, match="needs the bytes of each document; measure both models again"):
+        paired_bits_per_byte(text_score(), old)
+    with pytest.raises(ValueError, match="needs the bytes of each document"):
+        paired_bits_per_byte(old, old)

@@ -9,7 +9,7 @@ from typing import Any
 import pytest
 
 from secateur.errors import PlanError
-from secateur.records.plan import LayerPlan, Plan, format_ranges, parse_ranges
+from secateur.records.plan import LayerPlan, Plan, VocabularyPlan, format_ranges, parse_ranges
 
 
 def plan(**changes: Any) -> Plan:
@@ -119,10 +119,10 @@ def test_uniform_means_the_same_number_everywhere() -> None:
     assert plan(shape="uniform", layers={"ffn_channel": (LayerPlan(4, (0, 1)), LayerPlan(4, (2, 3)))})
 
 
-@pytest.mark.parametrize("version", [None, 0, 2, "1"])
+@pytest.mark.parametrize("version", [None, 0, 1, 3, "2"])
 def test_another_schema_version_is_refused(version: object) -> None:
     """A plan of another time is not guessed at; the message says what to do."""
-    with pytest.raises(PlanError, match=r"schema version .*; this secateur reads 1.*secateur plan"):
+    with pytest.raises(PlanError, match=r"schema version .*; this secateur reads 2.*secateur plan"):
         Plan.from_dict(as_json(schema_version=version))
 
 
@@ -167,3 +167,18 @@ def test_an_edit_by_hand_is_applied() -> None:
     """A person may choose other units in the file."""
     edited = Plan.from_dict(with_first_layer(keep="0-1", constants=[]))
     assert edited.layers["ffn_channel"][0] == replace(plan().layers["ffn_channel"][0], keep=(0, 1), constants=())
+
+
+@pytest.mark.parametrize("keep", [(), (3, 2), (2, 2), (-1, 2), (0, 5)])
+def test_kept_token_ids_are_checked_like_units(keep: tuple[int, ...]) -> None:
+    """Ascending, without repeats, inside the vocabulary, and never none."""
+    with pytest.raises(PlanError, match="token ids"):
+        VocabularyPlan(5, keep)
+
+
+def test_kept_token_ids_are_written_as_ranges() -> None:
+    """The plan's file stays readable, and a plan without a vocabulary says null."""
+    written = plan(vocabulary=VocabularyPlan(10, (0, 1, 2, 7))).to_dict()
+    assert written["vocabulary"]["keep"] == "0-2 7"
+    assert Plan.from_dict(written).vocabulary == VocabularyPlan(10, (0, 1, 2, 7))
+    assert plan().to_dict()["vocabulary"] is None

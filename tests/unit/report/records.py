@@ -4,8 +4,8 @@ from __future__ import annotations
 
 from typing import Any
 
-from secateur.records.evaluation import Evaluation, ModelScore, TextScore
-from secateur.records.plan import LayerPlan, Plan
+from secateur.records.evaluation import Evaluation, ModelScore, TextScore, VocabularyEffect
+from secateur.records.plan import LayerPlan, Plan, VocabularyPlan
 
 
 def text_score(nll: float = 2.0, **changes: Any) -> TextScore:
@@ -23,6 +23,7 @@ def text_score(nll: float = 2.0, **changes: Any) -> TextScore:
         "tokens_per_s": 1234.5,
         "document_nll": (30 * nll - 1, 70 * nll + 1),
         "document_tokens": (30, 70),
+        "document_bytes": (1370, 3197),
     }
     return TextScore(**{**plain, **changes})
 
@@ -57,3 +58,20 @@ def plan(**changes: Any) -> Plan:
         "calibration_tokens": 65_536,
     }
     return Plan(**{**plain, **changes})
+
+
+def vocabulary_plan() -> VocabularyPlan:
+    """Return a plan of half of 1,000 token ids."""
+    return VocabularyPlan(
+        num_tokens=1000,
+        keep=tuple(range(500)),
+        rule={"min_count": 2},
+        reasons={"special": 20, "used": 480},
+        counted_tokens=90_000,
+        covered_ratio=0.995,
+    )
+
+
+def vocabulary_effect(dense: float, resegmented: float, restricted: float) -> VocabularyEffect:
+    """Return an effect on a bucket whose dense loss is ``dense``, in nats per token of the dense segmentation."""
+    return VocabularyEffect(text_score(resegmented), text_score(restricted), 102, 110, 3, 1, 2)
