@@ -10,9 +10,9 @@ import torch
 from torch import Tensor, nn
 
 from secateur.families.geometry import Geometry
-from secateur.records.plan import LayerPlan, Plan
-from secateur.shrink import shrink_config, shrink_parameters
-from secateur.store.checkpoints import build_model
+from secateur.records.plan import LayerPlan, Plan, VocabularyPlan
+from secateur.shrink import shrink_config, shrink_generation_config, shrink_parameters
+from secateur.store.checkpoints import build_model, generation_data
 
 Kept = Mapping[str, Sequence[Sequence[int]]]
 """Per unit kind and layer, the units that stay."""
@@ -39,8 +39,14 @@ def choose_units(geometry: Geometry, kinds: Sequence[str], shape: str, seed: int
     return kept
 
 
-def plan_keeping(geometry: Geometry, kept: Kept, shape: str, constants: Constants | None = None) -> Plan:
-    """Return the plan that keeps exactly the given units."""
+def plan_keeping(
+    geometry: Geometry,
+    kept: Kept,
+    shape: str,
+    constants: Constants | None = None,
+    tokens: Sequence[int] | None = None,
+) -> Plan:
+    """Return the plan that keeps exactly the given units, and the given token ids."""
     constants = constants or {}
     layers = {
         kind: tuple(
@@ -63,13 +69,15 @@ def plan_keeping(geometry: Geometry, kept: Kept, shape: str, constants: Constant
         layers=layers,
         parameters_dense={},
         parameters_pruned={},
+        vocabulary=None if tokens is None else VocabularyPlan(geometry.dimensions["vocab_size"], tuple(tokens)),
     )
 
 
 def prune(model: Any, plan: Plan, geometry: Geometry) -> Any:
     """Return the pruned model."""
     config = shrink_config(model.config.to_dict(), plan, geometry)
-    return build_model(config, shrink_parameters(model.state_dict().items(), plan, geometry), model)
+    generation = shrink_generation_config(generation_data(model), plan)
+    return build_model(config, shrink_parameters(model.state_dict().items(), plan, geometry), model, generation)
 
 
 @contextmanager

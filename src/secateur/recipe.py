@@ -20,6 +20,9 @@ from secateur.registry import unknown_name
 THRESHOLD_PRESETS: dict[str, float] = {"mild": 1e-3, "moderate": 1e-2, "aggressive": 1e-1}
 """Absolute thresholds by name; ``mild`` and ``aggressive`` are the two of the Mini-GPTs paper (2312.12682)."""
 
+TOKEN_THRESHOLD_PRESETS: dict[str, float] = {"paper": 0.0}
+"""Relative token frequencies by name; ``paper`` removes what never occurs, as in the Mini-GPTs paper (2312.12682)."""
+
 _BYTE_UNITS = {"b": 1, "kb": 10**3, "mb": 10**6, "gb": 10**9, "kib": 2**10, "mib": 2**20, "gib": 2**30}
 
 
@@ -35,9 +38,26 @@ def parse_bytes(value: object) -> object:
 
 
 def _parse_threshold(value: object) -> object:
-    if isinstance(value, str) and value in THRESHOLD_PRESETS:
-        return THRESHOLD_PRESETS[value]
-    return value
+    return THRESHOLD_PRESETS.get(value, value) if isinstance(value, str) else value
+
+
+def _parse_token_threshold(value: object) -> object:
+    return TOKEN_THRESHOLD_PRESETS.get(value, value) if isinstance(value, str) else value
+
+
+def parse_character_range(text: str) -> tuple[int, int]:
+    """Return the first and last code point of ``"U+0370-U+03FF"``, ``"U+20AC"`` or a single character.
+
+    Raises:
+        ValueError: the text is none of these, or runs backwards.
+    """
+    if len(text) == 1:
+        return ord(text), ord(text)
+    match = re.fullmatch(r"[uU]\+([0-9a-fA-F]{1,6})(?:\s*-\s*[uU]\+([0-9a-fA-F]{1,6}))?", text.strip())
+    first, last = (int(match[1], 16), int(match[2] or match[1], 16)) if match else (1, 0)
+    if not first <= last <= 0x10FFFF:
+        raise ValueError(f"cannot read {text!r} as a range of characters; write for example U+0370-U+03FF")
+    return first, last
 
 
 Ratio = Annotated[float, Field(gt=0.0, lt=1.0)]
@@ -122,13 +142,48 @@ class Budget(_Record):
         return self
 
 
+class VocabularySpec(_Record):
+    """Which token ids stay: one rule over how often the domain's text uses a token, and what stays in any case."""
+
+    min_count: Annotated[int, Field(ge=1)] | None = None
+    threshold: Annotated[Annotated[float, Field(ge=0.0, lt=1.0)] | None, BeforeValidator(_parse_token_threshold)] = None
+    coverage: Annotated[float, Field(gt=0.0, le=1.0)] | None = None
+    size: Annotated[int, Field(gt=0)] | None = None
+    keep: list[str] = []
+    keep_file: str | list[str] | None = None
+    keep_characters: list[str] = []
+    characters: Literal["all", "used"] = "all"
+    multiple_of: Annotated[int, Field(ge=1)] | Literal["auto"] = "auto"
+    max_tokens: Annotated[int, Field(gt=0)] | None = None
+    buckets: Annotated[list[str], Field(min_length=1)] | None = None
+
+    @field_validator("keep_characters")
+    @classmethod
+    def _readable_ranges(cls, value: list[str]) -> list[str]:
+        for text in value:
+            parse_character_range(text)
+        return value
+
+    @model_validator(mode="after")
+    def _one_rule(self) -> VocabularySpec:
+        given = [name for name in ("min_count", "threshold", "coverage", "size") if getattr(self, name) is not None]
+        if len(given) > 1:
+            raise ValueError(f"give one of min_count, threshold, coverage, size; got {', '.join(given)}")
+        return self
+
+    def rule(self) -> dict[str, int | float]:
+        """Return the rule that was asked for by its key; nothing where none was."""
+        return self.model_dump(include={"min_count", "threshold", "coverage", "size"}, exclude_none=True)
+
+
 class PruneSpec(_Record):
     """Which units go, by which method, in which shape."""
 
     method: str = "contextual"
     options: dict[str, Any] = {}
-    budget: Budget = Budget(channels=0.1)
-    units: list[Literal["ffn_channel", "gqa_group"]] | None = None
+    budget: Budget | None = None
+    units: list[Literal["ffn_channel", "gqa_group", "vocabulary"]] | None = None
+    vocabulary: VocabularySpec | None = None
     shape: Literal["uniform", "uneven"] = "uniform"
     allocation: Literal["auto", "uniform", "global"] = "auto"
     min_keep_ratio: Ratio = 0.1
@@ -137,28 +192,49 @@ class PruneSpec(_Record):
     buckets: Annotated[list[str], Field(min_length=1)] | None = None
     seed: int = 0
 
+    @model_validator(mode="before")
+    @classmethod
+    def _default_budget(cls, data: object) -> object:
+        """A tenth of the FFN channels goes where nothing else is asked; the vocabulary alone needs no budget."""
+        if not isinstance(data, Mapping) or data.get("budget") is not None:
+            return data
+        units = data.get("units")
+        alone = data.get("vocabulary") is not None if units is None else units == ["vocabulary"]
+        return data if alone else {**data, "budget": {"channels": 0.1}}
+
     @model_validator(mode="after")
     def _units_fit_budget(self) -> PruneSpec:
-        asked = {"ffn_channel": self.budget.channels, "gqa_group": self.budget.groups}
+        asked = {"ffn_channel": self.budget and self.budget.channels, "gqa_group": self.budget and self.budget.groups}
         named = [unit for unit, ratio in asked.items() if ratio is not None]
         if self.units is not None and not self.units:
-            raise ValueError("units is an empty list; name at least one of ffn_channel, gqa_group")
-        if self.units is not None and named and set(named) != set(self.units):
+            raise ValueError("units is an empty list; name at least one of ffn_channel, gqa_group, vocabulary")
+        if self.units is not None and named and set(named) != set(self.units) - {"vocabulary"}:
             raise ValueError(f"the budget is in {', '.join(named)} but units names {', '.join(self.units)}")
+        if self.vocabulary is not None and self.units is not None and "vocabulary" not in self.units:
+            raise ValueError(f"there is a vocabulary section but units names only {', '.join(self.units)}")
+        if not self.layer_kinds() and self.budget is not None:
+            if self.budget.threshold is not None:
+                raise ValueError("budget.threshold is for units of layers; for token ids set vocabulary.threshold")
+            if self.vocabulary is not None and self.vocabulary.rule():
+                raise ValueError("both the budget and the rule under vocabulary say how many token ids stay; give one")
         if self.shape == "uniform" and self.allocation == "global":
             raise ValueError("allocation: global gives every layer its own width; it needs shape: uneven")
         return self
 
-    def unit_kinds(self) -> list[str]:
-        """Return the unit kinds that may be cut, in a fixed order."""
+    def layer_kinds(self) -> list[str]:
+        """Return the unit kinds of layers that may be cut, in a fixed order."""
         if self.units is not None:
-            return sorted(set(self.units))
-        kinds = [
-            kind
-            for kind, ratio in (("ffn_channel", self.budget.channels), ("gqa_group", self.budget.groups))
-            if ratio is not None
-        ]
-        return kinds or ["ffn_channel"]
+            return sorted(set(self.units) - {"vocabulary"})
+        if self.budget is None:
+            return []
+        asked = {"ffn_channel": self.budget.channels, "gqa_group": self.budget.groups}
+        return [kind for kind, ratio in asked.items() if ratio is not None] or ["ffn_channel"]
+
+    def vocabulary_spec(self) -> VocabularySpec | None:
+        """Return the keep rule for token ids, or None where the vocabulary stays whole."""
+        if self.vocabulary is not None:
+            return self.vocabulary
+        return VocabularySpec() if self.units is not None and "vocabulary" in self.units else None
 
 
 class EvaluateSpec(_Record):
@@ -340,6 +416,7 @@ _SECTIONS: dict[str, type[BaseModel]] = {
     "calibrate": CalibrateSpec,
     "prune": PruneSpec,
     "budget": Budget,
+    "vocabulary": VocabularySpec,
     "evaluate": EvaluateSpec,
     "splits": SplitRatios,
 }

@@ -17,7 +17,7 @@ from secateur.errors import ConfigError
 from secateur.families.geometry import Geometry
 from secateur.families.loader import families
 from secateur.records.statistics import BucketStatistics, Moments
-from secateur.records.units import FFN_CHANNEL, GQA_GROUP, UNIT_KINDS
+from secateur.records.units import FFN_CHANNEL, GQA_GROUP, LAYER_UNIT_KINDS
 from secateur.score import METHODS, Evidence, score_units
 from tests.blocks import hand_made_blocks
 from tests.conftest import geometry_of, pico_model
@@ -39,7 +39,7 @@ def cases(*, controls: bool) -> list[Any]:
 
 every_method = pytest.mark.parametrize(("method", "options"), cases(controls=True))
 every_real_method = pytest.mark.parametrize(("method", "options"), cases(controls=False))
-each_kind = pytest.mark.parametrize("kind", UNIT_KINDS)
+each_kind = pytest.mark.parametrize("kind", LAYER_UNIT_KINDS)
 
 
 def evidence(kind: str, seed: int = 0) -> Evidence:

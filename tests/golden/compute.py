@@ -12,7 +12,7 @@ from secateur.allocate import Request, make_plan
 from secateur.calibrate import collect
 from secateur.errors import ConfigError
 from secateur.families.loader import families
-from secateur.records.units import UNIT_KINDS
+from secateur.records.units import LAYER_UNIT_KINDS
 from secateur.score import METHODS, score_units
 from tests.blocks import hand_made_blocks
 from tests.conftest import geometry_of, pico_model
@@ -38,12 +38,12 @@ def compute() -> dict[str, Any]:
     geometry = geometry_of(model, families()["llama"])
     statistics = collect(model, hand_made_blocks(), geometry)
     shapes = {name: tuple(parameter.shape) for name, parameter in model.named_parameters()}
-    budgets = {kind: {key: 0.34} for kind, key in zip(UNIT_KINDS, ("channels", "groups"), strict=True)}
+    budgets = {kind: {key: 0.34} for kind, key in zip(LAYER_UNIT_KINDS, ("channels", "groups"), strict=True)}
     methods: dict[str, Any] = {}
     for method in METHODS:
         for options in variants(method):
             entry: dict[str, Any] = {}
-            for kind in UNIT_KINDS:
+            for kind in LAYER_UNIT_KINDS:
                 try:
                     scores = score_units(
                         method, statistics, geometry, [kind], load_tensor=model.state_dict().get, options=options

@@ -12,11 +12,14 @@ from pydantic import ValidationError
 from secateur.errors import ConfigError
 from secateur.recipe import (
     THRESHOLD_PRESETS,
+    Budget,
     CorpusSpec,
     PruneSpec,
     Recipe,
+    VocabularySpec,
     load_recipe,
     parse_bytes,
+    parse_character_range,
     parse_override,
     parse_prune,
     parse_recipe,
@@ -145,7 +148,10 @@ def test_unknown_keys_are_refused_with_the_nearest_one(
         ({"prune": {"budget": {}}}, "or channels with groups); got none"),
         ({"prune": {"budget": {"parameters": 0.1, "bytes": 5}}}, "channels with groups); got bytes, parameters"),
         ({"prune": {"units": []}}, "prune: units is an empty list; name at least one"),
-        ({"prune": {"units": ["layer"]}}, "prune.units.0: input should be 'ffn_channel' or 'gqa_group' (got 'layer')"),
+        (
+            {"prune": {"units": ["layer"]}},
+            "prune.units.0: input should be 'ffn_channel', 'gqa_group' or 'vocabulary' (got 'layer')",
+        ),
         (
             {"prune": {"budget": {"channels": 0.1}, "units": ["gqa_group"]}},
             "prune: the budget is in ffn_channel but units names gqa_group",
@@ -154,6 +160,37 @@ def test_unknown_keys_are_refused_with_the_nearest_one(
         ({"prune": {"shape": "ragged"}}, "prune.shape: input should be 'uniform' or 'uneven' (got 'ragged')"),
         ({"prune": {"min_keep_ratio": 1.0}}, "prune.min_keep_ratio: input should be less than 1"),
         ({"prune": {"multiple_of": 0}}, "prune.multiple_of"),
+        (
+            {"prune": {"vocabulary": {"min_count": 0}}},
+            "prune.vocabulary.min_count: input should be greater",
+        ),
+        ({"prune": {"vocabulary": {"coverage": 1.5}}}, "prune.vocabulary.coverage: input should be less than or equal"),
+        (
+            {"prune": {"vocabulary": {"threshold": "rare"}}},
+            "prune.vocabulary.threshold: input should be a valid",
+        ),
+        ({"prune": {"vocabulary": {"min_count": 1, "size": 9}}}, "coverage, size; got min_count, size"),
+        (
+            {"prune": {"vocabulary": {"keep_characters": ["greek"]}}},
+            "prune.vocabulary.keep_characters: cannot read 'greek' as a range of characters; write for example U+0370",
+        ),
+        ({"prune": {"vocabulary": {"keep_characters": ["U+03FF-U+0370"]}}}, "as a range of characters"),
+        (
+            {"prune": {"vocabulary": {}, "units": ["ffn_channel"]}},
+            "a vocabulary section but units names only ffn",
+        ),
+        (
+            {"prune": {"units": ["vocabulary"], "budget": {"channels": 0.1}}},
+            "prune: the budget is in ffn_channel but units names vocabulary",
+        ),
+        (
+            {"prune": {"units": ["vocabulary"], "budget": {"threshold": 0.1}}},
+            "budget.threshold is for units of layers; for token ids set vocabulary.threshold",
+        ),
+        (
+            {"prune": {"units": ["vocabulary"], "budget": {"bytes": 9}, "vocabulary": {"size": 9}}},
+            "both the budget and the rule under vocabulary say how many token ids stay",
+        ),
         ({"evaluate": {"controls": ["worst"]}}, "evaluate.controls.0: input should be 'random' or 'reversed'"),
         ({"export": ["onnx"]}, "export.0: input should be 'huggingface'"),
         ({"dtype": "int8"}, "dtype: input should be 'auto', 'float32'"),
@@ -214,7 +251,7 @@ def test_threshold_presets_are_numbers(name: str, value: float) -> None:
 def test_channels_and_groups_may_be_asked_for_together() -> None:
     """The one pair of budget keys that does not contradict itself."""
     both = prune(budget={"channels": 0.1, "groups": 0.5})
-    assert both.unit_kinds() == ["ffn_channel", "gqa_group"]
+    assert both.layer_kinds() == ["ffn_channel", "gqa_group"]
 
 
 @pytest.mark.parametrize(
@@ -224,20 +261,47 @@ def test_channels_and_groups_may_be_asked_for_together() -> None:
         ({"budget": {"groups": 0.5}}, ["gqa_group"]),
         ({"budget": {"parameters": 0.5}}, ["ffn_channel"]),
         ({"budget": {"threshold": 0.5}, "units": ["gqa_group"]}, ["gqa_group"]),
+        ({"vocabulary": {"min_count": 2}}, []),
+        ({"units": ["vocabulary"]}, []),
+        ({"units": ["vocabulary"], "budget": {"parameters": 0.1}}, []),
+        ({"vocabulary": {}, "budget": {"parameters": 0.5}}, ["ffn_channel"]),
+        ({"units": ["vocabulary", "ffn_channel"]}, ["ffn_channel"]),
         (
             {"budget": {"parameters": 0.5}, "units": ["gqa_group", "ffn_channel", "gqa_group"]},
             ["ffn_channel", "gqa_group"],
         ),
     ],
 )
-def test_unit_kinds_follow_from_budget_and_units(changes: dict[str, Any], kinds: list[str]) -> None:
+def test_layer_kinds_follow_from_budget_and_units(changes: dict[str, Any], kinds: list[str]) -> None:
     """Kinds come in a fixed order, once each, and FFN channels are the default."""
-    assert prune(**changes).unit_kinds() == kinds
+    assert prune(**changes).layer_kinds() == kinds
+
+
+def test_the_vocabulary_is_cut_where_a_section_or_a_unit_names_it() -> None:
+    """Either is enough; a tenth of the channels goes by default only where layers are cut at all."""
+    assert prune().vocabulary_spec() is None
+    assert prune(budget={"groups": 0.5}, units=["gqa_group"]).vocabulary_spec() is None
+    assert prune(units=["vocabulary"]).vocabulary_spec() == VocabularySpec()
+    alone = prune(vocabulary={"threshold": "paper"})
+    assert alone.vocabulary_spec() == alone.vocabulary
+    assert (alone.budget, alone.vocabulary and alone.vocabulary.rule()) == (None, {"threshold": 0.0})
+    both = prune(units=["ffn_channel", "vocabulary"])
+    assert (both.budget, both.vocabulary_spec()) == (Budget(channels=0.1), VocabularySpec())
+    assert VocabularySpec().rule() == {}
+
+
+@pytest.mark.parametrize(
+    ("text", "points"),
+    [("U+0370-U+03FF", (0x370, 0x3FF)), ("u+20ac", (0x20AC, 0x20AC)), ("é", (0xE9, 0xE9)), ("U+0 - U+7f", (0, 0x7F))],
+)
+def test_ranges_of_characters_are_read(text: str, points: tuple[int, int]) -> None:
+    """Unicode's own notation, one code point, or the character itself."""
+    assert parse_character_range(text) == points
 
 
 def test_pruning_options_alone_are_checked_the_same_way() -> None:
     """The prune section by itself has the same rules and names the same places."""
-    assert parse_prune({"method": "random", "budget": {"groups": 0.5}}).unit_kinds() == ["gqa_group"]
+    assert parse_prune({"method": "random", "budget": {"groups": 0.5}}).layer_kinds() == ["gqa_group"]
     with pytest.raises(ConfigError, match=r"unknown key at prune\.budget\.chanels: .* Did you mean 'channels'"):
         parse_prune({"budget": {"chanels": 0.5}})
     with pytest.raises(ConfigError, match=r"these pruning options cannot be used:\n  prune\.seed: input should be"):

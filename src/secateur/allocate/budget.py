@@ -32,11 +32,20 @@ def cost_per_unit(geometry: Geometry, kind: str, shapes: Shapes) -> list[int]:
     return [sum(unit_cost(axis, shapes, layout).values()) for axis in geometry.axes[kind]]
 
 
-def parameters_after(shapes: Shapes, geometry: Geometry, removed: Mapping[str, list[int]]) -> dict[str, int]:
-    """Return parameters by part after removing ``removed[kind][layer]`` units."""
+def token_cost(geometry: Geometry, shapes: Shapes) -> int:
+    """Return the parameters that one token id owns: its row of the embedding, and of the head unless that is tied."""
+    return sum(geometry.vocabulary_costs(shapes).values())
+
+
+def parameters_after(
+    shapes: Shapes, geometry: Geometry, removed: Mapping[str, list[int]], *, tokens_removed: int = 0
+) -> dict[str, int]:
+    """Return parameters by part after removing ``removed[kind][layer]`` units and ``tokens_removed`` token ids."""
     totals = parameters_by_part(shapes, geometry)
     for kind, counts in removed.items():
         for axis, count in zip(geometry.axes[kind], counts, strict=True):
             for name, cost in unit_cost(axis, shapes, geometry.family.weight_layout).items():
                 totals[geometry.part_of(name)] -= count * cost
+    for name, cost in geometry.vocabulary_costs(shapes).items():
+        totals[geometry.part_of(name)] -= tokens_removed * cost
     return totals

@@ -13,7 +13,7 @@ from typing import Literal
 from jaxtyping import Float64
 from torch import Tensor
 
-from secateur.allocate.budget import Shapes, cost_per_unit, parameters_after
+from secateur.allocate.budget import Shapes, cost_per_unit, parameters_after, token_cost
 from secateur.allocate.counts import (
     floor_count,
     global_counts,
@@ -25,9 +25,12 @@ from secateur.allocate.counts import (
 from secateur.errors import PlanError
 from secateur.families.geometry import Geometry, parameters_by_part
 from secateur.recipe import PruneSpec
-from secateur.records.plan import LayerPlan, Plan
+from secateur.records.plan import LayerPlan, Plan, VocabularyPlan
 from secateur.records.scores import Scores
 from secateur.records.units import FFN_CHANNEL, GQA_GROUP
+
+TOKEN_FREQUENCY = "token_frequency"
+"""Method named by a plan that cuts only the vocabulary."""
 
 _COARSE_WIDTH, _COARSE_MULTIPLE = 512, 32
 _RATIO_KEYS = {FFN_CHANNEL: "channels", GQA_GROUP: "groups"}
@@ -61,7 +64,7 @@ class Request:
     def of(cls, spec: PruneSpec, *, bytes_per_parameter: float) -> Request:
         """Return the request that a recipe's ``prune`` section makes."""
         return cls(
-            budget=spec.budget.model_dump(exclude_none=True),
+            budget=spec.budget.model_dump(exclude_none=True) if spec.budget else {},
             shape=spec.shape,
             allocation=spec.allocation,
             min_keep_ratio=spec.min_keep_ratio,
@@ -82,16 +85,20 @@ def make_plan(
     shapes: Shapes,
     request: Request,
     *,
+    vocabulary: VocabularyPlan | None = None,
     model_fingerprint: str = "",
     calibration_tokens: int = 0,
 ) -> Plan:
     """Return the plan that meets ``request`` by keeping the best-scored units.
+
+    A budget over all parameters counts what the vocabulary gives up first; the units of layers make up the rest.
 
     Args:
         scores: importance of every unit of the kinds that may be cut.
         geometry: of the dense model.
         shapes: its parameters by name, tied ones once.
         request: the budget and its constraints.
+        vocabulary: which token ids stay; None where all do.
         model_fingerprint: of the dense model, for the record.
         calibration_tokens: behind the scores, for the record.
 
@@ -99,36 +106,39 @@ def make_plan(
         PlanError: the budget rounds to nothing, removes everything, or cannot be met; what can be is said.
     """
     notes: list[str] = []
-    counts = _Counts(scores, geometry, shapes, request, notes).solve()
+    tokens_removed = vocabulary.num_removed if vocabulary else 0
+    given_up = tokens_removed * token_cost(geometry, shapes)
+    counts = _Counts(scores, geometry, shapes, request, notes, given_up).solve() if scores.values else {}
     removed = {
         kind: [axis.num_units - kept for axis, kept in zip(geometry.axes[kind], per_layer, strict=True)]
         for kind, per_layer in counts.items()
     }
-    if not any(any(per_layer) for per_layer in removed.values()):
+    if not any(any(per_layer) for per_layer in removed.values()) and (scores.values or not tokens_removed):
         raise PlanError(f"budget {dict(request.budget)} removes nothing. Ask for more, or use another budget.")
     return Plan(
         family=geometry.family.name,
         model_fingerprint=model_fingerprint,
-        shape=request.shape,
-        method=scores.method,
-        options=dict(scores.options),
+        shape=request.shape if counts else "uniform",
+        method=scores.method if counts else TOKEN_FREQUENCY,
+        options=dict(scores.options) if counts else {},
         budget=dict(request.budget),
         layers={
             kind: tuple(_layer_plan(layer, kept) for layer, kept in zip(scores.values[kind], per_layer, strict=True))
             for kind, per_layer in counts.items()
         },
         parameters_dense=parameters_by_part(shapes, geometry),
-        parameters_pruned=parameters_after(shapes, geometry, removed),
+        parameters_pruned=parameters_after(shapes, geometry, removed, tokens_removed=tokens_removed),
+        vocabulary=vocabulary,
         calibrated_on=tuple(scores.buckets),
         calibration_tokens=calibration_tokens,
         notes=tuple(notes),
     )
 
 
-def same_size_plan(plan: Plan, scores: Scores) -> Plan:
+def same_size_plan(plan: Plan, scores: Scores, vocabulary: VocabularyPlan | None = None) -> Plan:
     """Return a plan that keeps as many units per layer as ``plan`` does, but those that ``scores`` prefers.
 
-    This is how controls are made: the size is equal, only the choice differs.
+    This is how controls are made: the size is equal, only the choice differs. ``vocabulary`` is the control's own.
     """
     layers = {
         kind: tuple(
@@ -136,7 +146,25 @@ def same_size_plan(plan: Plan, scores: Scores) -> Plan:
         )
         for kind, per_layer in plan.layers.items()
     }
-    return replace(plan, layers=layers, method=scores.method, options=dict(scores.options))
+    return replace(plan, layers=layers, vocabulary=vocabulary, method=scores.method, options=dict(scores.options))
+
+
+def parameters_to_remove(request: Request, shapes: Shapes, geometry: Geometry) -> float:
+    """Return how many parameters a budget of ``parameters`` or ``bytes`` wants gone.
+
+    Raises:
+        PlanError: the model is no larger than the target already.
+    """
+    total = sum(parameters_by_part(shapes, geometry).values())
+    if "parameters" in request.budget:
+        return request.budget["parameters"] * total
+    target = request.budget["bytes"] / request.bytes_per_parameter
+    if target >= total:
+        raise PlanError(
+            f"the model already takes {total * request.bytes_per_parameter:,.0f} bytes, which is not more "
+            f"than the target of {request.budget['bytes']:,.0f}. Ask for a smaller target."
+        )
+    return total - target
 
 
 def _layer_plan(scores: Float64[Tensor, " _units"], count: int) -> LayerPlan:
@@ -153,19 +181,28 @@ def _layer_plan(scores: Float64[Tensor, " _units"], count: int) -> LayerPlan:
 class _Counts:
     """Works out how many units of each kind stay in each layer."""
 
-    def __init__(self, scores: Scores, geometry: Geometry, shapes: Shapes, request: Request, notes: list[str]) -> None:
+    def __init__(
+        self,
+        scores: Scores,
+        geometry: Geometry,
+        shapes: Shapes,
+        request: Request,
+        notes: list[str],
+        given_up: int,
+    ) -> None:
         self.scores = scores
         self.geometry = geometry
         self.shapes = shapes
         self.request = request
         self.notes = notes
+        self.given_up = given_up
 
     def solve(self) -> dict[str, list[int]]:
         budget = self.request.budget
         if "threshold" in budget:
             return {kind: self.by_threshold(kind, budget["threshold"]) for kind in self.scores.values}
         if "parameters" in budget or "bytes" in budget:
-            return self.by_parameters(self.parameters_to_remove())
+            return self.by_parameters(self.left_to_remove())
         return {kind: self.by_ratio(kind, budget[_RATIO_KEYS[kind]]) for kind in self.scores.values}
 
     def sizes(self, kind: str) -> list[int]:
@@ -261,18 +298,14 @@ class _Counts:
             )
         return [max(n, floor) for n, floor in zip(counts, floors, strict=True)]
 
-    def parameters_to_remove(self) -> float:
-        total = sum(parameters_by_part(self.shapes, self.geometry).values())
-        budget = self.request.budget
-        if "parameters" in budget:
-            return budget["parameters"] * total
-        target = budget["bytes"] / self.request.bytes_per_parameter
-        if target >= total:
+    def left_to_remove(self) -> float:
+        wanted = parameters_to_remove(self.request, self.shapes, self.geometry)
+        if self.given_up >= wanted:
             raise PlanError(
-                f"the model already takes {total * self.request.bytes_per_parameter:,.0f} bytes, which is not more "
-                f"than the target of {budget['bytes']:,.0f}. Ask for a smaller target."
+                f"the vocabulary alone gives up {self.given_up:,} parameters, and the budget asks for {wanted:,.0f}; "
+                "nothing is left for the other units. Raise the budget, or prune the vocabulary alone."
             )
-        return total - target
+        return wanted - self.given_up
 
     def by_parameters(self, wanted: float) -> dict[str, list[int]]:
         costs = {kind: cost_per_unit(self.geometry, kind, self.shapes) for kind in self.scores.values}

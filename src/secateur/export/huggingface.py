@@ -15,7 +15,9 @@ from secateur.errors import ExportError
 from secateur.records.plan import Plan
 from secateur.store.artifacts import atomic_folder, disk_errors, write_json
 from secateur.store.checkpoints import compare_reloaded, copy_side_files, save_model
+from secateur.store.tokenizers import PROBES, compare_reloaded_tokenizer, encode, save_tokenizer
 
+_SAMPLE_TOKENS = 64
 PLAN_FILE = "secateur_plan.json"
 _TOLERANCE = {torch.float64: 1e-10, torch.float32: 1e-4, torch.bfloat16: 5e-2, torch.float16: 5e-2}
 
@@ -27,7 +29,6 @@ def export_huggingface(
     folder: Path,
     *,
     source: Path,
-    sample: Mapping[str, Any],
     provenance: Mapping[str, Any],
 ) -> float:
     """Write the pruned model and return the largest logit difference seen after reloading it from disk.
@@ -36,11 +37,10 @@ def export_huggingface(
 
     Args:
         model: the pruned model, in the dtype to be saved.
-        tokenizer: saved beside it.
+        tokenizer: saved beside it, reloaded and compared too.
         plan: what was cut; saved beside it.
         folder: where the artefact goes; replaced if it exists.
         source: folder of the dense model; its licence texts are carried over.
-        sample: model inputs for the comparison.
         provenance: fingerprints and versions, saved with the plan.
 
     Raises:
@@ -48,9 +48,16 @@ def export_huggingface(
     """
     with disk_errors(folder), atomic_folder(folder) as work:
         save_model(model, work)
-        tokenizer.save_pretrained(work)
+        save_tokenizer(tokenizer, work)
         copy_side_files(source, work)
         write_json(work / PLAN_FILE, {**plan.to_dict(), "provenance": dict(provenance)})
         if not any(work.glob("*.safetensors")):
             raise ExportError(f"no weights were written into {folder}.")
-        return compare_reloaded(model, work, sample, tolerance=_TOLERANCE[model.dtype])
+        compare_reloaded_tokenizer(tokenizer, work, ())
+        return compare_reloaded(model, work, _sample(model, tokenizer), tolerance=_TOLERANCE[model.dtype])
+
+
+def _sample(model: Any, tokenizer: Any) -> dict[str, Any]:
+    """Return model inputs that use the tokenizer on text of every kind."""
+    ids = encode(tokenizer, "\n".join(PROBES), add_special_tokens=True)[:_SAMPLE_TOKENS]
+    return {"input_ids": torch.tensor([ids], device=model.device), "use_cache": False}

@@ -10,7 +10,14 @@ from typing import Any
 import yaml
 
 from secateur.records.plan import Plan
+from secateur.report.markdown import describe_choice
+from secateur.report.tables import SEGMENTATION_NOTE, cut_table
 
+_TOKENIZER = (
+    "The tokenizer is smaller too and belongs to this model alone: use the one in this folder. It writes any text that "
+    "the dense model's tokenizer could, spelling words whose token went in several pieces. Kept ids were renumbered in "
+    "order; their old numbers stand in the plan under `vocabulary.keep`."
+)
 _FRONT_MATTER = re.compile(r"\A---\n(.*?)\n---\n", re.DOTALL)
 
 
@@ -53,13 +60,6 @@ def render_model_card(
     metadata |= {"library_name": "transformers", "pipeline_tag": "text-generation", "tags": ["pruning", "secateur"]}
     if re.fullmatch(r"[\w.-]+/[\w.-]+", base_model) and not Path(base_model).exists():
         metadata |= {"base_model": base_model}
-    removed = {
-        kind: (sum(layer.num_removed for layer in layers), sum(layer.num_units for layer in layers))
-        for kind, layers in plan.layers.items()
-    }
-    cut = "\n".join(
-        f"- {gone:,} of {total:,} `{kind}` units ({gone / total:.1%})" for kind, (gone, total) in removed.items()
-    )
     imports = (
         ["import secateur  # registers the class for layers of different widths"] if plan.shape == "uneven" else []
     )
@@ -77,12 +77,12 @@ def render_model_card(
         "",
         "## What was cut",
         "",
-        cut,
+        cut_table(plan).markdown(),
         "",
-        f"{plan.total_dense:,} parameters became {plan.total_pruned:,}. Method `{plan.method}`, budget "
-        f"{dict(plan.budget)}, shape `{plan.shape}`, judged on {plan.calibration_tokens:,} tokens of "
-        f"{', '.join(plan.calibrated_on) or 'no text'}. The full plan is in `secateur_plan.json`.",
+        f"{plan.total_dense:,} parameters became {plan.total_pruned:,}. {describe_choice(plan)} The full plan is in "
+        "`secateur_plan.json`.",
         "",
+        *([_TOKENIZER, "", SEGMENTATION_NOTE, ""] if plan.vocabulary else []),
         "## Measured",
         "",
         *(tables or ["Not measured yet."]),

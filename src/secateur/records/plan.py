@@ -7,12 +7,13 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass, field
+from itertools import pairwise
 from typing import Any
 
 from secateur.errors import PlanError
-from secateur.records.units import UNIT_KINDS
+from secateur.records.units import LAYER_UNIT_KINDS
 
-SCHEMA_VERSION = 1
+SCHEMA_VERSION = 2
 SHAPES = ("uniform", "uneven")
 
 
@@ -64,12 +65,7 @@ class LayerPlan:
     def __post_init__(self) -> None:
         if not self.keep:
             raise PlanError(f"plan keeps 0 of {self.num_units} units in a layer; at least one must stay.")
-        ascending = all(a < b for a, b in zip(self.keep, self.keep[1:], strict=False))
-        if not ascending or self.keep[0] < 0 or self.keep[-1] >= self.num_units:
-            raise PlanError(
-                f"kept units must be ascending, without repeats, between 0 and {self.num_units - 1}; "
-                f"got {len(self.keep)} from {self.keep[0]} to {self.keep[-1]}. Plan the model again."
-            )
+        _require_ascending("units", self.keep, self.num_units)
 
     @property
     def num_removed(self) -> int:
@@ -77,9 +73,51 @@ class LayerPlan:
         return self.num_units - len(self.keep)
 
 
+def _require_ascending(what: str, keep: Sequence[int], limit: int) -> None:
+    ascending = all(a < b for a, b in pairwise(keep))
+    if not ascending or keep[0] < 0 or keep[-1] >= limit:
+        raise PlanError(
+            f"kept {what} must be ascending, without repeats, between 0 and {limit - 1}; "
+            f"got {len(keep)} from {keep[0]} to {keep[-1]}. Plan the model again."
+        )
+
+
+@dataclass(frozen=True, slots=True)
+class VocabularyPlan:
+    """Which token ids stay; a kept token's new id is its place in ``keep``.
+
+    Attributes:
+        num_tokens: rows of the dense embedding, rows without a token included.
+        keep: dense ids that stay, ascending, without repeats.
+        rule: the keep rule as asked, for example ``{"min_count": 1}``.
+        reasons: how many ids stay for which reason, each id counted with its first one.
+        counted_tokens: tokens of domain text that were counted.
+        covered_ratio: share of those whose id stays.
+        tokenizer_fingerprint: of the dense tokenizer.
+    """
+
+    num_tokens: int
+    keep: tuple[int, ...]
+    rule: Mapping[str, Any] = field(default_factory=dict)
+    reasons: Mapping[str, int] = field(default_factory=dict)
+    counted_tokens: int = 0
+    covered_ratio: float = 0.0
+    tokenizer_fingerprint: str = ""
+
+    def __post_init__(self) -> None:
+        if not self.keep:
+            raise PlanError(f"plan keeps 0 of {self.num_tokens} token ids; at least one must stay.")
+        _require_ascending("token ids", self.keep, self.num_tokens)
+
+    @property
+    def num_removed(self) -> int:
+        """Token ids that go."""
+        return self.num_tokens - len(self.keep)
+
+
 @dataclass(frozen=True, slots=True)
 class Plan:
-    """Which units stay, per unit kind and layer.
+    """Which units stay, per unit kind and layer, and which token ids.
 
     Attributes:
         family: model family the plan was made for.
@@ -88,6 +126,7 @@ class Plan:
         method: scoring method, and its ``options``.
         budget: the budget as asked, for example ``{"channels": 0.1}``.
         layers: per unit kind, one entry per layer.
+        vocabulary: which token ids stay; None where all do.
         parameters_dense: parameters by part before, ``parameters_pruned`` after.
         calibrated_on: names of the buckets, and ``calibration_tokens`` their size.
         notes: sentences on what was rounded or could not be met exactly.
@@ -102,15 +141,16 @@ class Plan:
     layers: Mapping[str, tuple[LayerPlan, ...]]
     parameters_dense: Mapping[str, int]
     parameters_pruned: Mapping[str, int]
+    vocabulary: VocabularyPlan | None = None
     calibrated_on: Sequence[str] = ()
     calibration_tokens: int = 0
     notes: Sequence[str] = field(default_factory=tuple)
     schema_version: int = SCHEMA_VERSION
 
     def __post_init__(self) -> None:
-        unknown = set(self.layers) - set(UNIT_KINDS)
+        unknown = set(self.layers) - set(LAYER_UNIT_KINDS)
         if unknown:
-            raise PlanError(f"plan names unknown unit kinds {sorted(unknown)}; known: {', '.join(UNIT_KINDS)}.")
+            raise PlanError(f"plan names unknown unit kinds {sorted(unknown)}; known: {', '.join(LAYER_UNIT_KINDS)}.")
         if self.shape not in SHAPES:
             raise PlanError(f"plan has shape {self.shape!r}; known: {', '.join(SHAPES)}.")
         if self.shape == "uniform":
@@ -138,6 +178,8 @@ class Plan:
         for per_layer in data["layers"].values():
             for layer in per_layer:
                 layer["keep"] = format_ranges(layer["keep"])
+        if data["vocabulary"] is not None:
+            data["vocabulary"]["keep"] = format_ranges(data["vocabulary"]["keep"])
         return data
 
     @classmethod
@@ -167,6 +209,8 @@ class Plan:
                 for kind, per_layer in data["layers"].items()
             }
             rest = {key: value for key, value in data.items() if key != "layers"}
+            if (vocabulary := data["vocabulary"]) is not None:
+                rest["vocabulary"] = VocabularyPlan(**{**vocabulary, "keep": parse_ranges(vocabulary["keep"])})
             rest["calibrated_on"] = tuple(data["calibrated_on"])
             rest["notes"] = tuple(data["notes"])
             return cls(layers=layers, **rest)

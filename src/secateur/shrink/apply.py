@@ -6,6 +6,7 @@ from collections import defaultdict
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from typing import Any
 
+import torch
 from torch import Tensor
 
 from secateur.errors import PlanError
@@ -13,6 +14,7 @@ from secateur.families.geometry import Geometry, Segment, UnitAxis
 from secateur.families.loader import UNEVEN_PREFIX, dense_model_type
 from secateur.records.plan import LayerPlan, Plan
 from secateur.shrink.slicing import fold_constants, kept_rows
+from secateur.vocabulary import renumber
 
 _Cuts = dict[tuple[str, str], list[tuple[Segment, int, Sequence[int]]]]
 
@@ -21,12 +23,18 @@ def check_plan(plan: Plan, geometry: Geometry) -> None:
     """Refuse a plan that was made for another model, or edited into one that cannot be applied.
 
     Raises:
-        PlanError: family, layers or unit counts differ (both sides are named), the stock configuration refuses the
-            counts of a uniform plan, or a constant belongs to a channel that stays.
+        PlanError: family, layers, unit counts or vocabulary differ (both sides are named), the stock configuration
+            refuses the counts of a uniform plan, or a constant belongs to a channel that stays.
         FamilyError: the family cannot cut units that the plan removes.
     """
     if plan.family != geometry.family.name:
         raise PlanError(f"the plan is for a {plan.family} model; this is a {geometry.family.name} model. Plan again.")
+    rows = geometry.dimensions["vocab_size"]
+    if plan.vocabulary is not None and plan.vocabulary.num_tokens != rows:
+        raise PlanError(
+            f"the plan expects a vocabulary of {plan.vocabulary.num_tokens:,} token ids; the model has {rows:,}. Plan "
+            "again for this model."
+        )
     for kind, layers in plan.layers.items():
         have = [axis.num_units for axis in geometry.axes[kind]]
         want = [layer.num_units for layer in layers]
@@ -60,7 +68,7 @@ def _check_constants(axis: UnitAxis, layer: LayerPlan) -> None:
 def shrink_parameters(
     parameters: Iterable[tuple[str, Tensor]], plan: Plan, geometry: Geometry
 ) -> Iterator[tuple[str, Tensor]]:
-    """Yield every parameter under its own name, with the rows and columns of removed units gone.
+    """Yield every parameter under its own name, with the rows and columns of removed units and token ids gone.
 
     Removed channels that were constant on the calibration text are folded into the bias of the projection that read
     them. Parameters are taken one at a time, so they may be read lazily; a bias must not come before its weight.
@@ -77,6 +85,7 @@ def shrink_parameters(
     cuts, constants = _cuts(plan, geometry)
     shifts: dict[str, tuple[Tensor, list[float]]] = {}
     rows_first = geometry.family.weight_layout == "out_in"
+    tokens = None if plan.vocabulary is None else torch.tensor(plan.vocabulary.keep)
     for name, tensor in parameters:
         module, _, leaf = name.rpartition(".")
         if leaf == "weight" and module in constants:
@@ -87,6 +96,8 @@ def shrink_parameters(
             if module not in shifts:
                 raise PlanError(f"{name} came before its weight, so removed constants cannot be folded into it.")
             tensor = fold_constants(tensor, *shifts.pop(module))
+        if tokens is not None and module in geometry.family.vocabulary:
+            tensor = tensor.index_select(0, tokens.to(tensor.device))
         yield name, _slice(tensor, leaf, module, cuts, rows_first)
     if shifts:
         raise PlanError(f"{min(shifts)} has no bias that could take its removed constants over. Plan again.")
@@ -122,9 +133,14 @@ def shrink_config(config: Mapping[str, Any], plan: Plan, geometry: Geometry) -> 
 
     Uniform plans keep the stock model type. Uneven plans, and any plan for a model that is uneven already, get our own
     model type and ``per_layer_config`` in transformers' vocabulary, holding every layer that differs from the
-    configuration's own values.
+    configuration's own values. Where token ids go, every id that the configuration names is renumbered.
+
+    Raises:
+        TokenizerError: the configuration names a token id that does not stay.
     """
     pruned = dict(config)
+    if plan.vocabulary is not None:
+        pruned = renumber(config, plan.vocabulary.keep) | geometry.vocabulary_updates(len(plan.vocabulary.keep))
     if plan.shape == "uniform" and not config.get("per_layer_config"):
         for kind, layers in plan.layers.items():
             pruned.update(geometry.config_updates(kind, len(layers[0].keep)))
@@ -140,3 +156,12 @@ def shrink_config(config: Mapping[str, Any], plan: Plan, geometry: Geometry) -> 
     pruned["model_type"] = UNEVEN_PREFIX + dense_model_type(str(config["model_type"]))
     pruned.pop("architectures", None)
     return pruned
+
+
+def shrink_generation_config(config: Mapping[str, Any], plan: Plan) -> dict[str, Any]:
+    """Return the generation configuration of the pruned model as plain data: token ids renumbered, the rest as it was.
+
+    Raises:
+        TokenizerError: it names a token id that does not stay.
+    """
+    return dict(config) if plan.vocabulary is None else renumber(config, plan.vocabulary.keep)

@@ -22,8 +22,10 @@ from secateur.errors import CheckpointError, ExportError
 from secateur.files import replacing
 from secateur.records.scores import Scores
 from secateur.records.statistics import BucketStatistics, Moments
+from secateur.records.token_counts import TokenCounts
 
 STATISTICS_VERSION = 1
+TOKEN_COUNTS_VERSION = 1
 _DISK_FULL = "the disk is full: {} could not be written. Free space, or choose another output."
 
 
@@ -183,6 +185,34 @@ def read_statistics(path: Path) -> tuple[BucketStatistics, dict[str, Any]]:
     except KeyError as error:
         raise CheckpointError(f"{path} lacks {error}. Delete it and calibrate again.") from None
     return statistics, metadata
+
+
+def write_token_counts(path: Path, counts: TokenCounts, metadata: Mapping[str, Any]) -> None:
+    """Write one bucket's token counts as ``path`` (.safetensors) and a JSON file beside it."""
+    plain = {
+        "schema_version": TOKEN_COUNTS_VERSION,
+        "num_tokens": counts.num_tokens,
+        "num_bytes": counts.num_bytes,
+        "num_documents": counts.num_documents,
+        "fingerprint": counts.fingerprint,
+    }
+    _write_tensors(path, {"counts": counts.counts, "documents": counts.documents}, {**plain, **metadata})
+
+
+def read_token_counts(path: Path) -> TokenCounts:
+    """Return the counts that ``write_token_counts`` wrote.
+
+    Raises:
+        CheckpointError: the files are missing, broken, or of another version.
+    """
+    metadata, tensors = read_json(path.with_suffix(".json")), _read_tensors(path)
+    if metadata.get("schema_version") != TOKEN_COUNTS_VERSION:
+        raise CheckpointError(f"{path} has another version of the token counts. Delete it; it will be made again.")
+    try:
+        plain = {key: metadata[key] for key in ("num_tokens", "num_bytes", "num_documents", "fingerprint")}
+        return TokenCounts(counts=tensors["counts"], documents=tensors["documents"], **plain)
+    except KeyError as error:
+        raise CheckpointError(f"{path} lacks {error}. Delete it; it will be made again.") from None
 
 
 def _site(place: str) -> tuple[int, str]:

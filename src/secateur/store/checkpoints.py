@@ -188,6 +188,15 @@ def _read_config(folder: Path) -> dict[str, Any]:
     return data
 
 
+def read_generation_config(folder: Path) -> dict[str, Any]:
+    """Return a model folder's generation_config.json as plain data; empty where there is none."""
+    try:
+        data = json.loads((folder / "generation_config.json").read_text(encoding="utf-8"))
+    except (OSError, ValueError):
+        return {}
+    return data if isinstance(data, dict) else {}
+
+
 def _refuse_pickles(spec: str, folder: Path) -> None:
     if any(folder.glob("*.safetensors")):
         return
@@ -427,20 +436,32 @@ def load_tokenizer(checkpoint: Checkpoint, *, trust_remote_code: bool = False) -
         ) from None
 
 
-def build_model(config: Mapping[str, Any], parameters: Iterable[tuple[str, Tensor]], dense: Any) -> Any:
+def generation_data(model: Any) -> dict[str, Any]:
+    """Return a model's generation configuration as plain data: what differs from transformers' defaults."""
+    data: dict[str, Any] = model.generation_config.to_diff_dict()
+    return data
+
+
+def build_model(
+    config: Mapping[str, Any],
+    parameters: Iterable[tuple[str, Tensor]],
+    dense: Any,
+    generation: Mapping[str, Any] | None = None,
+) -> Any:
     """Return a model with the given configuration and parameters, in the dtype and on the device of ``dense``.
 
     Args:
         config: plain configuration, ``model_type`` included.
         parameters: every entry of the new model's state, by name.
-        dense: the model it comes from; its generation configuration is carried over.
+        dense: the model it comes from.
+        generation: its generation configuration as plain data; None carries the dense model's over.
 
     Raises:
         CheckpointError: names or shapes do not fit the configuration.
         PlanError: the model type's configuration class refuses the sizes.
     """
     from huggingface_hub.errors import StrictDataclassError
-    from transformers import AutoConfig, AutoModelForCausalLM
+    from transformers import AutoConfig, AutoModelForCausalLM, GenerationConfig
 
     data = {key: value for key, value in config.items() if key not in ("model_type", "transformers_version")}
     try:
@@ -461,7 +482,9 @@ def build_model(config: Mapping[str, Any], parameters: Iterable[tuple[str, Tenso
     _restore_buffers(model, dense)
     for parameter in model.parameters():
         parameter.requires_grad_(True)
-    model.generation_config = copy.deepcopy(dense.generation_config)
+    model.generation_config = (
+        copy.deepcopy(dense.generation_config) if generation is None else GenerationConfig.from_dict(dict(generation))
+    )
     return model.eval()
 
 
