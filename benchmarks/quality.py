@@ -9,10 +9,12 @@ from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
 
+from vocabulary import parse_domain
+
 import secateur
 from secateur.demo import demo_recipe, prepare
 from secateur.errors import PlanError
-from secateur.recipe import THRESHOLD_PRESETS, CorpusSpec
+from secateur.recipe import THRESHOLD_PRESETS
 from secateur.records.evaluation import TextScore, paired_difference
 from secateur.records.plan import Plan
 from secateur.records.statistics import Statistics
@@ -50,10 +52,7 @@ class _Bench:
         recipe = demo_recipe(prepare(), store / "unused")
         assert recipe.general is not None
         self.domains = {"medical": recipe.domain["medical"], "encyclopedia": recipe.general}
-        for text in extra:
-            name, _, where = text.partition("=")
-            path, _, template = where.partition("::")
-            self.domains[name] = CorpusSpec(path=path, text=template or None)
+        self.domains |= dict(map(parse_domain, extra))
         self.store = store / "quality"
         self.store.mkdir(parents=True, exist_ok=True)
         self.checkpoint = resolve_model(recipe.model)
@@ -73,7 +72,7 @@ class _Bench:
                 file.write_text(json.dumps(asdict(score)))
                 print(f"{name} on {domain}: perplexity {score.perplexity:.2f}", flush=True)
             data = json.loads(file.read_text())
-            for key in ("document_nll", "document_tokens"):
+            for key in ("document_nll", "document_tokens", "document_bytes"):
                 data[key] = tuple(data[key])
             found[domain] = TextScore(**data)
         return found

@@ -5,7 +5,8 @@
     python benchmarks/run.py --again         measure again what is there
 
 Each part keeps its rows in runs/bench, so a stopped run goes on where it was. Default model and text are those of
-`secateur demo`; `--domain NAME=PATH[::TEMPLATE]` adds corpora to the cross-domain table.
+`secateur demo`; `--domain NAME=PATH[::TEMPLATE]` adds a corpus, `--domain NAME=CALIBRATION,TEST[::TEMPLATE]` one that
+its owner has split.
 """
 
 from __future__ import annotations
@@ -17,6 +18,7 @@ from pathlib import Path
 
 import quality
 import speed
+import vocabulary
 
 ROOT = Path(__file__).resolve().parent.parent
 STORE = ROOT / "runs" / "bench"
@@ -26,13 +28,14 @@ BEGIN, END = "<!-- generated: begin -->", "<!-- generated: end -->"
 def main() -> None:
     """Run the chosen parts and write their tables."""
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("--only", choices=["speed", "quality"])
+    parser.add_argument("--only", choices=["speed", "quality", "vocabulary"])
     parser.add_argument("--again", action="store_true")
-    parser.add_argument("--domain", action="append", default=[], metavar="NAME=PATH[::TEMPLATE]")
+    parser.add_argument("--domain", action="append", default=[], metavar="NAME=PATH[,TEST][::TEMPLATE]")
     options = parser.parse_args()
     parts: dict[str, Callable[[], str]] = {
         "speed": lambda: speed.measure(STORE),
         "quality": lambda: quality.measure(STORE, options.domain),
+        "vocabulary": lambda: vocabulary.measure(STORE, options.domain),
     }
     STORE.mkdir(parents=True, exist_ok=True)
     for name, measure in parts.items():

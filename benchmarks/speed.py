@@ -28,6 +28,7 @@ TOKENS = 2048
 
 def _recipe(output: Path, **changes: Any) -> Recipe:
     data = demo_recipe(prepare(), output).model_dump(exclude_none=True)
+    data["prune"] = {"budget": {"channels": 0.1}}
     for key, value in changes.items():
         data[key] = {**data[key], **value}
     return parse_recipe(data)

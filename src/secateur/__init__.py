@@ -19,11 +19,12 @@ from secateur.errors import (
     FamilyError,
     PlanError,
     SecateurError,
+    TokenizerError,
     UnavailableError,
 )
 
 if TYPE_CHECKING:
-    from secateur.api import calibrate, evaluate, plan, run, shrink
+    from secateur.api import calibrate, count_tokens, evaluate, plan, run, shrink, shrink_tokenizer
     from secateur.recipe import Recipe, load_recipe
 
 __version__ = "0.1.0"
@@ -37,24 +38,29 @@ __all__ = [
     "PlanError",
     "Recipe",
     "SecateurError",
+    "TokenizerError",
     "UnavailableError",
     "__version__",
     "calibrate",
+    "count_tokens",
     "evaluate",
     "load_recipe",
     "plan",
     "run",
     "shrink",
+    "shrink_tokenizer",
 ]
 
 _LAZY = {
     "Recipe": "secateur.recipe",
     "load_recipe": "secateur.recipe",
     "calibrate": "secateur.api",
+    "count_tokens": "secateur.api",
     "evaluate": "secateur.api",
     "plan": "secateur.api",
     "run": "secateur.api",
     "shrink": "secateur.api",
+    "shrink_tokenizer": "secateur.api",
 }
 
 

@@ -2,6 +2,9 @@
 
     check -> calibrate -> plan -> shrink -> evaluate
 
+Where token ids go as well, they are counted and chosen during the check (``pipeline_vocabulary``), because that needs
+no weights.
+
 Stages do not know each other; this file hands one's record to the next and remembers what is done.
 """
 
@@ -11,7 +14,7 @@ import importlib.metadata
 import platform
 import time
 from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import dataclass, field, replace
+from dataclasses import asdict, dataclass, field, replace
 from functools import cached_property
 from pathlib import Path
 from typing import Any, Literal
@@ -20,25 +23,34 @@ import torch
 
 from secateur.allocate import Request, make_plan, same_size_plan, with_constants
 from secateur.allocate.budget import parameters_after
+from secateur.allocate.vocabulary import size_for_budget
 from secateur.calibrate import collect
-from secateur.corpus import PackedBlocks, check_sources, load_split, source_signature
+from secateur.corpus import (
+    PackedBlocks,
+    check_sources,
+    load_split,
+    resegment,
+    segmentation_change,
+    source_signature,
+)
 from secateur.errors import CheckpointError, ConfigError
-from secateur.evaluate import evaluate_text, model_parameters
+from secateur.evaluate import evaluate_resegmented, evaluate_text, model_parameters
 from secateur.evaluate.footprint import memory_bytes
 from secateur.export import export_huggingface
 from secateur.export.model_card import read_front_matter, render_model_card
 from secateur.families.geometry import build_geometry
+from secateur.pipeline_vocabulary import VocabularyStage
 from secateur.progress import Progress, silent
 from secateur.recipe import Recipe
-from secateur.records.evaluation import Evaluation, ModelScore, TextScore
-from secateur.records.plan import Plan
+from secateur.records.evaluation import Evaluation, ModelScore, TextScore, VocabularyEffect
+from secateur.records.plan import Plan, VocabularyPlan
 from secateur.records.scores import Scores
 from secateur.records.statistics import BucketStatistics, merge_buckets
 from secateur.registry import unknown_name
 from secateur.report.markdown import render_report
 from secateur.report.tables import evidence_table, parts_table, result_table, verdict
 from secateur.score import METHODS, rehearse, score_units
-from secateur.shrink import check_plan, shrink_config, shrink_parameters
+from secateur.shrink import check_plan, shrink_config, shrink_generation_config, shrink_parameters
 from secateur.store.artifacts import (
     digest,
     read_json,
@@ -52,6 +64,7 @@ from secateur.store.checkpoints import (
     build_model,
     choose_device,
     fingerprint,
+    generation_data,
     load_model,
     load_tokenizer,
     parameter,
@@ -59,7 +72,6 @@ from secateur.store.checkpoints import (
     weight_bytes,
 )
 from secateur.store.run_folder import RunFolder
-from secateur.stream.forward import model_inputs
 
 Stage = Literal["calibrate", "plan", "shrink", "evaluate"]
 STAGES: tuple[Stage, ...] = ("calibrate", "plan", "shrink", "evaluate")
@@ -173,13 +185,47 @@ class _Job:
         return model
 
     @cached_property
+    def layer_kinds(self) -> list[str]:
+        return self.recipe.prune.layer_kinds()
+
+    @cached_property
+    def vocabulary(self) -> VocabularyStage | None:
+        """The vocabulary's part of the run; None where the vocabulary stays whole."""
+        spec = self.recipe.prune.vocabulary_spec()
+        if spec is None:
+            return None
+        names = self._named(spec.buckets, self.pruning_buckets, "prune.vocabulary.buckets")
+        corpora = self.recipe.buckets()
+        return VocabularyStage(
+            spec,
+            {name: (corpora[name], self.source_keys[name]) for name in names},
+            self.checkpoint,
+            self.tokenizer,
+            self.folder,
+            self.progress,
+            self.result.reused,
+        )
+
+    @cached_property
+    def vocabulary_plan(self) -> VocabularyPlan | None:
+        """Which token ids stay; where the budget is met by the vocabulary alone, as many as it leaves."""
+        if self.vocabulary is None:
+            return None
+        by_budget = not self.layer_kinds and self.request.budget
+        shapes, geometry = self.checkpoint.shapes, self.checkpoint.geometry
+        return self.vocabulary.plan(size_for_budget(self.request, geometry, shapes) if by_budget else None)
+
+    @cached_property
     def calibration_buckets(self) -> list[str]:
+        """Buckets that are run through the model; none where only the vocabulary is cut."""
+        if not self.layer_kinds:
+            return []
         return self._named(self.recipe.calibrate.buckets, list(self.recipe.buckets()), "calibrate.buckets")
 
     @cached_property
     def pruning_buckets(self) -> list[str]:
         named = self._named(self.recipe.prune.buckets, list(self.recipe.domain), "prune.buckets")
-        missing = [name for name in named if name not in self.calibration_buckets]
+        missing = [name for name in named if self.layer_kinds and name not in self.calibration_buckets]
         if missing:
             raise ConfigError(f"prune.buckets names {missing[0]}, which calibrate.buckets leaves out. Add it there.")
         return named
@@ -203,6 +249,8 @@ class _Job:
         for spec in self.recipe.buckets().values():
             check_sources(spec)
         choose_device(self.recipe.device)
+        if self.vocabulary is not None:
+            self.vocabulary.check()
         self._rehearse()
         self._read_new_text(until)
         self.folder.describe(
@@ -212,18 +260,22 @@ class _Job:
             seed=self.recipe.prune.seed,
         )
         self.folder.write_text("recipe.yml", self.recipe.to_yaml())
+        if self.vocabulary is not None:
+            self.vocabulary.save()
 
     def _rehearse(self) -> None:
         """Plan on made-up scores, so that a budget that cannot be met is refused before calibration."""
-        geometry, kinds = self.checkpoint.geometry, self.recipe.prune.unit_kinds()
+        geometry, kinds = self.checkpoint.geometry, self.layer_kinds
         geometry.require_positions(self.recipe.calibrate.block_size)
         rehearse(self.recipe.prune.method, geometry, kinds, self.recipe.prune.options)
-        if "threshold" in self.request.budget:
+        vocabulary = self.vocabulary_plan
+        if "threshold" in self.request.budget or not kinds:
             return
         values = {
             kind: [torch.arange(axis.num_units, dtype=torch.float64) for axis in geometry.axes[kind]] for kind in kinds
         }
-        make_plan(Scores("rehearsal", {}, (), values), geometry, self.checkpoint.shapes, self.request)
+        scores = Scores("rehearsal", {}, (), values)
+        make_plan(scores, geometry, self.checkpoint.shapes, self.request, vocabulary=vocabulary)
 
     def _read_new_text(self, until: Stage) -> None:
         """Read the text that is still to be calibrated on, and the test text, so that too little is said now."""
@@ -298,6 +350,7 @@ class _Job:
                 max_tokens=tokens,
                 exclude=exclude,
                 name=name,
+                keep_text=split == "test" and self.vocabulary is not None,
             )
             task.advance(1)
         self._require_known_tokens(blocks)
@@ -314,8 +367,10 @@ class _Job:
             )
 
     def _calibrated_documents(self) -> frozenset[int]:
-        """Return the hashes of every document that is, or in this run will be, calibrated on."""
+        """Return the hashes of every document that is, or in this run will be, calibrated on or counted."""
         seen: set[int] = set()
+        if self.vocabulary is not None:
+            seen.update(h for counts in self.vocabulary.counts.values() for h in counts.documents.tolist())
         for name in self.calibration_buckets:
             if name in self.result.statistics:
                 seen.update(self.result.statistics[name].documents.tolist())
@@ -336,7 +391,7 @@ class _Job:
             method,
             statistics,
             self.checkpoint.geometry,
-            self.recipe.prune.unit_kinds(),
+            self.layer_kinds,
             load_tensor=lambda name: parameter(self.dense, name),
             options=options,
             seed=seed,
@@ -345,45 +400,60 @@ class _Job:
         )
 
     def plan(self) -> None:
-        file, merged = self.folder.path / "plan.json", self._merged()
-        scores_file = self.folder.path / "scores" / f"{self.recipe.prune.method}.safetensors"
-        prune = self.recipe.prune.model_dump()
-        key = digest(self.model_fingerprint, statistics_digest(merged), prune, self.checkpoint.dtype.itemsize)
+        file, prune = self.folder.path / "plan.json", self.recipe.prune
+        merged = self._merged() if self.layer_kinds else None
+        inputs = [] if merged is None else [statistics_digest(merged)]
+        if self.vocabulary is not None:
+            inputs += [self.vocabulary.vocabulary.fingerprint, self.vocabulary.merged.fingerprint]
+        key = digest(self.model_fingerprint, inputs, prune.model_dump(), self.checkpoint.dtype.itemsize)
         if self.folder.is_done("plan", key, file):
             self.result.reused.append("plan")
             self.result.plan = self._read_plan(file, merged)
-            if not (scores_file.exists() and scores_file.with_suffix(".json").exists()):
-                self._write_scores(scores_file, merged)
+            if merged is not None and not self._has_scores():
+                self._write_scores(merged)
             return
         started = time.perf_counter()
         self.folder.forget("plan")
         plan = make_plan(
-            self._write_scores(scores_file, merged),
+            Scores(self.recipe.prune.method, {}, self.pruning_buckets, {})
+            if merged is None
+            else self._write_scores(merged),
             self.checkpoint.geometry,
             self.checkpoint.shapes,
             self.request,
+            vocabulary=self.vocabulary_plan,
             model_fingerprint=self.model_fingerprint,
-            calibration_tokens=merged.num_tokens,
+            calibration_tokens=0 if merged is None else merged.num_tokens,
         )
         self.result.plan = self._with_constants(plan, merged)
         write_json(file, self.result.plan.to_dict())
         self.folder.finish("plan", key, started)
 
-    def _write_scores(self, file: Path, statistics: BucketStatistics) -> Scores:
+    @property
+    def _scores_file(self) -> Path:
+        return self.folder.path / "scores" / f"{self.recipe.prune.method}.safetensors"
+
+    def _has_scores(self) -> bool:
+        return self._scores_file.exists() and self._scores_file.with_suffix(".json").exists()
+
+    def _write_scores(self, statistics: BucketStatistics) -> Scores:
         prune = self.recipe.prune
         scores = self._score(prune.method, statistics, prune.options, seed=prune.seed)
-        write_scores(file, scores)
+        write_scores(self._scores_file, scores)
         return scores
 
-    def _read_plan(self, file: Path, statistics: BucketStatistics) -> Plan:
+    def _read_plan(self, file: Path, statistics: BucketStatistics | None) -> Plan:
         """Return the plan on disk; a person may have edited its kept units, so what follows from them is redone."""
         plan, geometry = Plan.from_dict(read_json(file)), self.checkpoint.geometry
         check_plan(plan, geometry)
         removed = {kind: [layer.num_removed for layer in layers] for kind, layers in plan.layers.items()}
-        left = parameters_after(self.checkpoint.shapes, geometry, removed)
+        tokens_removed = plan.vocabulary.num_removed if plan.vocabulary else 0
+        left = parameters_after(self.checkpoint.shapes, geometry, removed, tokens_removed=tokens_removed)
         return self._with_constants(replace(plan, parameters_pruned=left), statistics)
 
-    def _with_constants(self, plan: Plan, statistics: BucketStatistics) -> Plan:
+    def _with_constants(self, plan: Plan, statistics: BucketStatistics | None) -> Plan:
+        if statistics is None:
+            return plan
         return with_constants(plan, self.checkpoint.geometry, statistics.moments, self.checkpoint.shapes)
 
     def shrink(self) -> None:
@@ -396,18 +466,18 @@ class _Job:
             return
         started = time.perf_counter()
         self.folder.forget("shrink")
+        tokenizer = self._tokenizer_of(plan)
         pruned = self._pruned(plan, self.checkpoint.dtype)
         with self.progress("save and reload", None, "") as task:
             difference = export_huggingface(
                 pruned,
-                self.tokenizer,
+                tokenizer,
                 plan,
                 folder,
                 source=self.checkpoint.folder,
-                sample=self._sample(pruned),
                 provenance={
                     "model": self.recipe.model,
-                    "calibration": {n: self.result.statistics[n].corpus_fingerprint for n in plan.calibrated_on},
+                    "calibration": {n: s.corpus_fingerprint for n, s in self.result.statistics.items()},
                     "versions": versions(),
                 },
             )
@@ -427,12 +497,18 @@ class _Job:
         config = shrink_config(self.checkpoint.config, plan, geometry)
         parameters = shrink_parameters(self.dense.state_dict().items(), plan, geometry)
         return build_model(
-            config, ((name, tensor.to(dtype or tensor.dtype)) for name, tensor in parameters), self.dense
+            config,
+            ((name, tensor.to(dtype or tensor.dtype)) for name, tensor in parameters),
+            self.dense,
+            shrink_generation_config(generation_data(self.dense), plan),
         )
 
-    def _sample(self, model: Any) -> dict[str, Any]:
-        batch = next(iter(self._calibration_blocks(self.pruning_buckets[0]).batches(1)))
-        return model_inputs(batch, self.checkpoint.geometry.family, model)
+    def _tokenizer_of(self, plan: Plan) -> Any:
+        """Return the tokenizer of a plan's model: the dense one, or the smaller one, compared with it on test text."""
+        if plan.vocabulary is None:
+            return self.tokenizer
+        assert self.vocabulary is not None, "only a recipe with a vocabulary makes such a plan"
+        return self.vocabulary.smaller(plan.vocabulary)
 
     # -- evaluation ----------------------------------------------------------------------------------------------
 
@@ -442,7 +518,9 @@ class _Job:
 
     def evaluate(self) -> None:
         plan, file = self._required_plan(), self._evaluation_file
-        earlier = _read_evaluation(file).models if file.is_file() else {}
+        before = _read_evaluation(file) if file.is_file() else None
+        earlier = before.models if before else {}
+        earlier_effect = before.vocabulary if before else {}
         rows: dict[str, ModelScore] = {}
         for name in ["dense", "pruned", *self.recipe.evaluate.controls]:
             if name in earlier and self._is_evaluated(name, plan):
@@ -452,13 +530,50 @@ class _Job:
                 started = time.perf_counter()
                 self.folder.forget(f"evaluate:{name}")
                 rows[name] = self._evaluate_model(name, plan)
-                write_json(file, Evaluation({**earlier, **rows}, self.recipe.prune.seed).to_dict())
+                partial = Evaluation({**earlier, **rows}, self.recipe.prune.seed, earlier_effect)
+                write_json(file, partial.to_dict())
                 self.folder.finish(f"evaluate:{name}", self._evaluation_key(name, plan), started)
-        evaluation = Evaluation(rows, self.recipe.prune.seed)
+        evaluation = Evaluation(rows, self.recipe.prune.seed, self._vocabulary_effect(plan, rows, earlier_effect))
         write_json(file, evaluation.to_dict())
         self.result.evaluation = evaluation
         self.result.summary = verdict(evaluation, list(self.recipe.domain))
         self._write_reports(plan, evaluation)
+
+    def _vocabulary_effect(
+        self, plan: Plan, rows: Mapping[str, ModelScore], earlier: Mapping[str, VocabularyEffect]
+    ) -> Mapping[str, VocabularyEffect]:
+        """Measure what the smaller vocabulary alone does to the dense model, or take it from an earlier run."""
+        if plan.vocabulary is None:
+            return {}
+        if set(earlier) == set(rows["dense"].text) and self._is_evaluated("vocabulary", plan):
+            self.result.reused.append("evaluate:vocabulary")
+            return earlier
+        started = time.perf_counter()
+        self.folder.forget("evaluate:vocabulary")
+        keep, tokenizer = torch.tensor(plan.vocabulary.keep), self._tokenizer_of(plan)
+        effect = {name: self._effect_on(name, keep, tokenizer) for name in self.test_blocks}
+        write_json(self._evaluation_file, Evaluation(rows, self.recipe.prune.seed, effect).to_dict())
+        self.folder.finish("evaluate:vocabulary", self._evaluation_key("vocabulary", plan), started)
+        return effect
+
+    def _effect_on(self, name: str, keep: torch.Tensor, tokenizer: Any) -> VocabularyEffect:
+        before = self.test_blocks[name]
+        after = self._resegmented(before, tokenizer)
+        resegmented, restricted = evaluate_resegmented(
+            self.dense,
+            after,
+            self.checkpoint.geometry.family,
+            keep,
+            batch_size=self.recipe.evaluate.batch_size,
+            num_excluded=before.num_excluded,
+            progress=self.progress,
+            label=f"evaluate the vocabulary on {name}",
+        )
+        return VocabularyEffect(resegmented, restricted, **asdict(segmentation_change(before, after, keep)))
+
+    def _resegmented(self, blocks: PackedBlocks, tokenizer: Any) -> PackedBlocks:
+        limit = self.checkpoint.geometry.dimensions.get("num_positions")
+        return blocks if tokenizer is self.tokenizer else resegment(blocks, tokenizer, max_block_size=limit)
 
     @property
     def _evaluation_file(self) -> Path:
@@ -477,32 +592,41 @@ class _Job:
 
     def _evaluate_model(self, name: str, plan: Plan) -> ModelScore:
         if name == "dense":
-            return self._measure(name, self.dense, self.checkpoint.size_bytes)
+            return self._measure(name, self.dense, self.checkpoint.size_bytes, self.tokenizer)
         if name == "pruned":
             assert self.result.model_folder is not None, "shrink() comes first"
             saved = resolve_model(str(self.result.model_folder))
             model = load_model(saved, device=self.recipe.device, dtype=self.recipe.dtype)
-            return self._measure(name, model, weight_bytes(self.result.model_folder))
-        model = self._pruned(self._control_plan(name, plan))
-        return self._measure(name, model, memory_bytes(model) // model.dtype.itemsize * self.checkpoint.dtype.itemsize)
+            tokenizer = self.tokenizer if plan.vocabulary is None else load_tokenizer(saved)
+            return self._measure(name, model, weight_bytes(self.result.model_folder), tokenizer)
+        control = self._control_plan(name, plan)
+        model = self._pruned(control)
+        size = memory_bytes(model) // model.dtype.itemsize * self.checkpoint.dtype.itemsize
+        return self._measure(name, model, size, self._tokenizer_of(control))
 
     def _control_plan(self, name: str, plan: Plan) -> Plan:
         """Keep as many units per layer as the plan does, but others: drawn at random, or the plan's own worst."""
-        merged, seed = self._merged(), self.recipe.prune.seed
+        seed, vocabulary = self.recipe.prune.seed, None
+        if plan.vocabulary is not None:
+            assert self.vocabulary is not None, "only a recipe with a vocabulary makes such a plan"
+            vocabulary = self.vocabulary.control(name, plan.vocabulary, seed)
+        if not plan.layers:
+            return replace(plan, vocabulary=vocabulary, method=name)
+        merged = self._merged()
         if name == "reversed":
             scores = self._score(plan.method, merged, plan.options, seed=seed)
             upside_down = {kind: [-layer for layer in layers] for kind, layers in scores.values.items()}
             scores = replace(scores, method=name, values=upside_down)
         else:
             scores = self._score(name, merged, {}, seed=seed)
-        return self._with_constants(same_size_plan(plan, scores), merged)
+        return self._with_constants(same_size_plan(plan, scores, vocabulary), merged)
 
-    def _measure(self, name: str, model: Any, size_bytes: int) -> ModelScore:
+    def _measure(self, name: str, model: Any, size_bytes: int, tokenizer: Any) -> ModelScore:
         text: dict[str, TextScore] = {}
         for bucket, blocks in self.test_blocks.items():
             text[bucket] = evaluate_text(
                 model,
-                blocks,
+                self._resegmented(blocks, tokenizer),
                 self.checkpoint.geometry.family,
                 batch_size=self.recipe.evaluate.batch_size,
                 num_excluded=blocks.num_excluded,

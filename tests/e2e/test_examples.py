@@ -16,7 +16,7 @@ EXAMPLES = sorted(FOLDER.glob("*.yml"))
 def test_there_are_examples() -> None:
     """One for each purpose, and no file that is not checked here."""
     names = [file.name for file in EXAMPLES]
-    assert {"laptop.yml", "medical.yml", "paper_thresholds.yml", "pico.yml"} <= set(names)
+    assert {"laptop.yml", "medical.yml", "paper_thresholds.yml", "pico.yml", "vocabulary.yml"} <= set(names)
     assert [file.name for file in sorted(FOLDER.iterdir())] == names
 
 

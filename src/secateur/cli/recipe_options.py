@@ -94,8 +94,12 @@ def describe_result(result: RunResult) -> dict[str, Any]:
         data["model"] = str(result.model_folder)
     if result.evaluation is not None:
         evaluation = result.evaluation.to_dict()
-        for model in evaluation["models"].values():
-            for score in model["text"].values():
-                del score["document_nll"], score["document_tokens"]
+        scores = [score for model in evaluation["models"].values() for score in model["text"].values()]
+        scores += [
+            effect[kind] for effect in evaluation["vocabulary"].values() for kind in ("resegmented", "restricted")
+        ]
+        for score in scores:
+            for key in ("document_nll", "document_tokens", "document_bytes"):
+                del score[key]
         data |= {"evaluation": evaluation, "summary": result.summary}
     return data

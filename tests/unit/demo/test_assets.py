@@ -87,7 +87,7 @@ def test_without_a_network_the_first_small_file_already_says_so(cache: Path) -> 
 
 
 def test_the_recipe_is_the_main_job_on_these_files(filled: Path, tmp_path: Path) -> None:
-    """A tenth of the channels, by contextual scores, against a random control."""
+    """A tenth of the channels by contextual scores, and rare token ids, against a random control."""
     inputs = prepare(filled, pip=FakePip())
     recipe = demo_recipe(inputs, tmp_path / "run")
     assert recipe.model == str(inputs.model)
@@ -96,7 +96,9 @@ def test_the_recipe_is_the_main_job_on_these_files(filled: Path, tmp_path: Path)
         "general": str(inputs.general),
     }
     assert recipe.prune.method == "contextual"
-    assert recipe.prune.budget.channels == 0.10
+    assert recipe.prune.budget is not None and recipe.prune.budget.channels == 0.10
+    assert recipe.prune.vocabulary is not None and recipe.prune.vocabulary.rule() == {"min_count": 2}
+    assert recipe.prune.layer_kinds() == ["ffn_channel"]
     assert recipe.calibrate.max_tokens == 32_768
     assert recipe.evaluate.max_tokens == 12_288
     assert recipe.evaluate.controls == ["random"]

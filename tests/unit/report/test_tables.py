@@ -11,18 +11,22 @@ from secateur.records.evaluation import Evaluation, paired_difference
 from secateur.records.plan import LayerPlan
 from secateur.report.tables import (
     Table,
+    attribution_table,
+    cut_table,
     evidence_table,
     format_bytes,
     format_count,
     parts_table,
     plan_table,
     result_table,
+    segmentation_table,
     speed_table,
     verdict,
+    vocabulary_table,
     with_error,
 )
 
-from .records import evaluation, plan, text_score
+from .records import evaluation, plan, text_score, vocabulary_effect, vocabulary_plan
 
 
 @pytest.mark.parametrize(
@@ -146,3 +150,37 @@ def test_a_hopeless_model_does_not_overflow() -> None:
     """A loss of thousands of nats has a finite perplexity to print."""
     table = result_table(evaluation(dense=2.0, pruned=5000.0))
     assert all(cell for cell in table.rows[1])
+
+
+def test_the_saving_is_told_by_kind_of_unit() -> None:
+    """Units removed, what they owned, and their share of the saving; the vocabulary counts embedding and head."""
+    parts = plan().parameters_dense
+    both = plan(vocabulary=vocabulary_plan(), parameters_pruned={**parts, "ffn": 1_500_000, "embedding": 500_000})
+    assert cut_table(both).rows == [
+        ["FFN channels", "2", "8", "25.0%", "500,000", "50.0%"],
+        ["token ids", "500", "1,000", "50.0%", "500,000", "50.0%"],
+    ]
+    assert cut_table(plan()).rows == [["FFN channels", "2", "8", "25.0%", "500,000", "100.0%"]]
+
+
+def test_the_reasons_of_kept_token_ids_are_listed() -> None:
+    """One row a reason, then all that stay, then all there were."""
+    rows = vocabulary_table(vocabulary_plan()).rows
+    assert rows == [["special", "20"], ["used", "480"], ["all that stay", "500"], ["before", "1,000"]]
+
+
+def test_the_loss_adds_up_from_its_causes() -> None:
+    """Segmentation, softmax and other units are steps from the dense model to the pruned one."""
+    measured = evaluation(dense=2.0, pruned=2.2)
+    effect = {name: vocabulary_effect(nll, nll + 0.3, nll + 0.1) for name, nll in (("medical", 2.0), ("general", 2.5))}
+    rows = attribution_table(replace(measured, vocabulary=effect)).rows
+    assert [row[0] for row in rows] == ["medical", "general"]
+    steps = [float(cell.split(" %")[0]) for cell in rows[0][2:]]
+    assert [step / steps[3] for step in steps] == pytest.approx([1.5, -1.0, 0.5, 1.0], abs=0.02)
+    assert sum(steps[:3]) == pytest.approx(steps[3], abs=0.02)
+
+
+def test_the_segmentation_is_told_in_tokens_per_byte() -> None:
+    """Before and after over the same bytes, the tokens that went, and the documents they were in."""
+    measured = replace(evaluation(), vocabulary={"medical": vocabulary_effect(2.0, 2.3, 2.1)})
+    assert segmentation_table(measured).rows == [["medical", "0.0223", "0.0241", "+7.84%", "2.94%", "50.0%"]]
