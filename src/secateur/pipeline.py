@@ -504,7 +504,7 @@ class _Job:
         )
 
     def _tokenizer_of(self, plan: Plan) -> Any:
-        """Return the tokenizer of a plan's model: the dense one, or the smaller one, compared with it on test text."""
+        """Return the tokenizer of a plan's model: the dense one, or the smaller one, compared with it first."""
         if plan.vocabulary is None:
             return self.tokenizer
         assert self.vocabulary is not None, "only a recipe with a vocabulary makes such a plan"

@@ -20,10 +20,13 @@ LIGHT = [
     "secateur.recipe",
     "secateur.records.evaluation",
     "secateur.records.plan",
+    "secateur.records.survey",
     "secateur.registry",
     "secateur.report.inspection",
     "secateur.report.markdown",
     "secateur.report.tables",
+    "secateur.report.vocabulary",
+    "secateur.vocabulary",
 ]
 HEAVY = ["torch", "transformers", "datasets", "numpy", "pyarrow", "huggingface_hub", "safetensors"]
 
@@ -54,7 +57,7 @@ def test_help_takes_less_than_half_a_second() -> None:
     _, status, usage = os.wait4(process.pid, 0)
     process.returncode = os.waitstatus_to_exitcode(status)
     assert process.returncode == 0
-    for command in ("run", "calibrate", "plan", "shrink", "evaluate", "inspect", "methods", "demo"):
+    for command in ("run", "calibrate", "plan", "shrink", "evaluate", "inspect", "vocabulary", "methods", "demo"):
         assert f"\n  {command} " in shown
     assert usage.ru_utime + usage.ru_stime < 0.5
 

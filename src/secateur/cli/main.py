@@ -22,6 +22,7 @@ COMMANDS = {
     "shrink": "Cut the model, save it, reload it and compare.",
     "evaluate": "Measure dense, pruned and control models on held-out text.",
     "inspect": "Show where a model's parameters are.",
+    "vocabulary": "Show which token ids a domain's text uses, and what cutting the others would cost.",
     "methods": "List the scoring methods.",
     "demo": "Do the main job on a small real model and real text, fetched on first use.",
 }

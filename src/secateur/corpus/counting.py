@@ -62,7 +62,7 @@ def count_split_tokens(
     """
     require_fast(tokenizer)
     documents, ratios = open_source(source, split, name)
-    reading = _Reading(documents, split, ratios, exclude)
+    reading = SplitReading(documents, split, ratios, exclude)
     counts = np.zeros(num_ids, dtype=np.int64)
     num_tokens = num_bytes = 0
     left_over: list[int] = []
@@ -123,7 +123,7 @@ class HashSet:
         self._latest = set()
 
 
-class _Reading:
+class SplitReading:
     """The documents of a split as they come, each once, and what was passed over."""
 
     def __init__(

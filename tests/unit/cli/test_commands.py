@@ -1,16 +1,22 @@
-"""Commands that answer without a run: ``inspect`` and ``methods``; and what the options of a recipe command mean."""
+"""Commands that answer without a run: ``inspect``, ``vocabulary`` and ``methods``; and what options of others mean."""
 
 from __future__ import annotations
 
 from pathlib import Path
 
 import pytest
+import yaml
+from transformers import PreTrainedTokenizerFast
 
 from secateur.cli.recipe_options import RecipeOptions
 from secateur.errors import ConfigError
 from secateur.files import CACHE_VARIABLE
+from secateur.recipe import parse_recipe
 from tests.command import call
-from tests.pico import save_model_folder
+from tests.pico import Pico, build_pico, save_model_folder
+from tokenizers import Tokenizer, models
+
+TEMPLATE = ("--text", "Question: {question}\nAnswer: {answer}")
 
 
 @pytest.fixture(autouse=True)
@@ -77,6 +83,70 @@ def test_inspect_says_what_cannot_be_cut(tmp_path: Path, capsys: pytest.CaptureF
     sizes = {"hidden_size": 48, "word_embed_proj_dim": 48, "ffn_dim": 64, "num_hidden_layers": 2}
     folder = save_model_folder(tmp_path / "opt", model_type="opt", num_attention_heads=6, **sizes)
     assert "gqa_groups cannot be cut: OPT derives" in call(capsys, "inspect", folder).out
+
+
+@pytest.fixture(scope="module")
+def pico(tmp_path_factory: pytest.TempPathFactory) -> Pico:
+    """A model folder, a domain corpus and a general text; nobody changes them."""
+    return build_pico(tmp_path_factory.mktemp("pico"))
+
+
+def test_vocabulary_shows_what_rules_would_cost(pico: Pico, capsys: pytest.CaptureFixture[str]) -> None:
+    """The text, the curve and the rules, those that cannot be met too; and a rule to put into a recipe."""
+    rules = ("--min-count", 20, "--min-count", 2, "--coverage", 0.9, "--size", 5, "--threshold", "paper")
+    answer = call(capsys, "vocabulary", pico.model, pico.domain, *TEMPLATE, *rules, "--keep", "aspirin", "--quiet")
+    assert (answer.code, answer.err) == (0, "")
+    titles = ("token frequency", "keep rules", "tokens that go", "byte-level BPE", "must stay", "`secateur run`")
+    shown = ("min_count 20", "min_count 2 ", "coverage 0.9", "size 5", "threshold 0.0", "cannot be met", "too small")
+    for words in (*titles, *shown):
+        assert words in answer.out
+    assert "other" not in answer.out
+    recipe = {"model": "m", "domain": {"a": "a.txt"}, **yaml.safe_load(answer.out.rpartition("example\n\n")[2])}
+    found = parse_recipe(recipe).prune.vocabulary
+    assert found is not None and (found.rule(), found.keep) == ({"min_count": 20}, ["aspirin"])
+
+
+def test_vocabulary_answers_machines(pico: Pico, capsys: pytest.CaptureFixture[str]) -> None:
+    """One object, with the default rules and another corpus; progress stays on stderr."""
+    answer = call(capsys, "vocabulary", pico.model, pico.domain, *TEMPLATE, "--compare", pico.general, "--json")
+    found = answer.json()
+    assert found["counted"]["name"] == found["heldout"]["name"] == str(pico.domain)
+    assert found["other_counted"]["name"] == str(pico.general)
+    assert found["frequencies"][-1]["coverage"] == 1.0
+    assert [rule["rule"] for rule in found["rules"][:2]] == [{"min_count": 1}, {"min_count": 2}]
+    assert all(rule["other"]["inflation"] > rule["heldout"]["inflation"] for rule in found["rules"])
+    assert "held-out text" in answer.err
+
+
+@pytest.mark.parametrize(
+    ("arguments", "words"),
+    [
+        (("--compare-text", "{question}"), "--compare-text needs --compare"),
+        (("--coverage", 2), "prune.vocabulary.coverage"),
+        (("--threshold", "some"), "prune.vocabulary.threshold"),
+        (("--min-count", 0), "--min-count"),
+        (("--keep-characters", "Greek"), "cannot read 'Greek' as a range of characters"),
+        (("--keep-file", "nowhere.txt"), "keep_file nowhere.txt cannot be read"),
+        (("--compare", "nowhere.txt"), "nowhere.txt"),
+    ],
+)
+def test_vocabulary_refuses_what_cannot_be(
+    pico: Pico, capsys: pytest.CaptureFixture[str], arguments: tuple[object, ...], words: str
+) -> None:
+    """Exit code 2, and what to mend."""
+    answer = call(capsys, "vocabulary", pico.model, pico.domain, *TEMPLATE, *arguments, "--quiet")
+    assert (answer.code, answer.out) == (2, "")
+    assert words in answer.err
+
+
+def test_vocabulary_refuses_other_tokenizers(tmp_path: Path, capsys: pytest.CaptureFixture[str], pico: Pico) -> None:
+    """A tokenizer that cannot be cut is named before any text is read."""
+    folder = save_model_folder(tmp_path / "words")
+    words = Tokenizer(models.WordLevel({"<pad>": 0, "<s>": 1, "</s>": 2, "a": 3}, unk_token="<pad>"))
+    PreTrainedTokenizerFast(tokenizer_object=words).save_pretrained(folder)
+    answer = call(capsys, "vocabulary", folder, pico.domain, *TEMPLATE, "--quiet")
+    assert answer.code == 2
+    assert "WordLevel cannot be cut" in answer.err
 
 
 def test_methods_are_a_table(capsys: pytest.CaptureFixture[str]) -> None:
