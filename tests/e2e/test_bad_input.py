@@ -561,7 +561,7 @@ DAMAGES: dict[str, tuple[str, bytes, list[str]]] = {
     "statistics, JSON": ("statistics/medical.json", b"{", ["statistics/medical.json", "Delete it"]),
     "statistics of another version": ("statistics/medical.json", b"{}", ["another version", "calibrate again"]),
     "plan": ("plan.json", b"{", ["plan.json cannot be read", "Delete it; it will be made again"]),
-    "plan without layers": ("plan.json", b'{"schema_version": 1}', ["not a plan that secateur wrote", "Plan again"]),
+    "plan without layers": ("plan.json", b'{"schema_version": 2}', ["not a plan that secateur wrote", "Plan again"]),
     "evaluation": ("evaluation.json", b"[]", ["evaluation.json", "Delete it"]),
     "evaluation without models": ("evaluation.json", b"{}", ["evaluation.json", "Delete it"]),
 }
