@@ -619,7 +619,7 @@ def test_a_process_that_gets_sigint_leaves_whole_files_and_resumes(
     try:
         wait_until_done("shrink", run, process)
         process.send_signal(signal.SIGINT)
-        _, err = process.communicate(timeout=60)
+        _, err = process.communicate(timeout=120)
     finally:
         process.kill()
         process.wait()

@@ -12,10 +12,10 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from secateur.errors import ExportError
 from secateur.export import export_huggingface
-from secateur.families.loader import families
+from secateur.families.loader import families, family_of
 from secateur.families.schema import Family
 from secateur.records.plan import Plan
-from tests.conftest import geometry_of, pico_model
+from tests.conftest import geometry_of, pico_config, pico_model
 from tests.pico import pico_tokenizer
 from tests.pruning import choose_units, plan_keeping, prune
 
@@ -24,20 +24,26 @@ INPUTS = {"input_ids": torch.arange(20).reshape(2, 10)}
 
 def pruned(family: Family, shape: str, dtype: torch.dtype = torch.float32) -> tuple[Any, Plan]:
     """Return a pruned pico model and its plan."""
-    dense = pico_model(family, dtype)
+    dense = pico_model(family, dtype, vocab_size=len(pico_tokenizer()))
     geometry = geometry_of(dense, family)
     plan = plan_keeping(geometry, choose_units(geometry, ["ffn_channel"], shape), shape)
     return prune(dense, plan, geometry), plan
 
 
-def export(model: Any, plan: Plan, folder: Path) -> float:
-    """Export a model with the pico tokenizer and a licence."""
-    source = folder.parent / "source"
-    source.mkdir(exist_ok=True)
+def source_folder(model: Any, parent: Path) -> Path:
+    """Return the dense model's folder: its configuration, the pico tokenizer and a licence."""
+    source = parent / "source"
+    pico_config(family_of(model.config.model_type), vocab_size=len(pico_tokenizer())).save_pretrained(source)
+    pico_tokenizer().save_pretrained(source)
     (source / "LICENSE").write_text("Do what you like.")
-    return export_huggingface(
-        model, pico_tokenizer(), plan, folder, source=source, sample=INPUTS, provenance={"model": "pico"}
-    )
+    return source
+
+
+def export(model: Any, plan: Plan, folder: Path) -> float:
+    """Export a model with the tokenizer that transformers loads for the dense one."""
+    source = source_folder(model, folder.parent)
+    tokenizer = AutoTokenizer.from_pretrained(source)
+    return export_huggingface(model, tokenizer, plan, folder, source=source, provenance={"model": "pico"})
 
 
 @pytest.mark.parametrize("shape", ["uniform", "uneven"])
@@ -48,7 +54,8 @@ def test_an_exported_model_is_complete_and_equal(family: Family, shape: str, tmp
     reloaded = AutoModelForCausalLM.from_pretrained(tmp_path / "model", dtype=torch.float32)
     with torch.inference_mode():
         assert torch.equal(reloaded(**INPUTS).logits, model(**INPUTS).logits)
-    assert AutoTokenizer.from_pretrained(tmp_path / "model")("The patient") == pico_tokenizer()("The patient")
+    ours, theirs = (AutoTokenizer.from_pretrained(tmp_path / name)("The patient") for name in ("model", "source"))
+    assert ours == theirs
     saved = json.loads((tmp_path / "model" / "secateur_plan.json").read_text())
     assert saved.pop("provenance") == {"model": "pico"}
     assert Plan.from_dict(saved) == plan

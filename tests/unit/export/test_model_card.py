@@ -84,7 +84,7 @@ def test_the_card_says_what_was_cut_and_what_was_measured() -> None:
     text = card(domains=["medical", "law"])
     for words in (
         "# SmolLM2-1.7B, pruned for medical, law",
-        "- 2 of 8 `ffn_channel` units (25.0%)",
+        "| FFN channels | 2 | 8 | 25.0% | 500,000 | 100.0% |",
         "3,501,000 parameters became 3,001,000",
         "Method `contextual`, budget {'channels': 0.25}, shape `uniform`",
         "65,536 tokens of medical",

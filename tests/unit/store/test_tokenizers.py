@@ -11,6 +11,7 @@ import pytest
 from transformers import AutoTokenizer, PreTrainedTokenizerFast
 
 from secateur.errors import ExportError, TokenizerError
+from secateur.families.schema import Family
 from secateur.store.tokenizers import (
     PROBES,
     check_smaller_tokenizer,
@@ -25,6 +26,7 @@ from secateur.store.tokenizers import (
     tokenizer_fingerprint,
 )
 from secateur.vocabulary import read_tokenizer
+from tests.conftest import pico_config
 from tests.tokenizers import KINDS, tiny_tokenizer, training_texts
 from tokenizers import NormalizedString, PreTokenizedString, Tokenizer, models, pre_tokenizers
 
@@ -166,6 +168,31 @@ def test_a_stock_class_may_be_made_smaller(tmp_path: Path) -> None:
     assert check_smaller_tokenizer(dense, smaller, keep, TEXTS) >= len(TEXTS)
     save_tokenizer(smaller, tmp_path)
     assert encode(AutoTokenizer.from_pretrained(tmp_path), TEXTS[0]) == encode(smaller, TEXTS[0])
+
+
+KIND_OF_FAMILY = {
+    "gemma2": "gemma",
+    "gemma3_text": "gemma",
+    "llama": "sentencepiece_bpe",
+    "mistral": "sentencepiece_bpe",
+}
+"""What models of these families ship; the others have byte-level BPE."""
+
+
+def test_the_class_that_a_model_type_loads_may_be_made_smaller(family: Family, tmp_path: Path) -> None:
+    """Transformers chooses a tokenizer's class by the model's type too, and that class must load ours to equal ids."""
+    kind = KIND_OF_FAMILY.get(family.name, "byte_level")
+    written = dense_tokenizer(kind)
+    config = pico_config(family, vocab_size=len(written))
+    for name in ("dense", "smaller"):
+        config.save_pretrained(tmp_path / name)
+    written.save_pretrained(tmp_path / "dense")
+    dense = AutoTokenizer.from_pretrained(tmp_path / "dense")
+    keep = ids_to_keep(dense, TEXTS)
+    smaller = smaller_tokenizer(dense, keep)
+    check_smaller_tokenizer(dense, smaller, keep, TEXTS)
+    save_tokenizer(smaller, tmp_path / "smaller")
+    compare_reloaded_tokenizer(smaller, tmp_path / "smaller", TEXTS)
 
 
 class _Slow:
