@@ -10,7 +10,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 from torch import Tensor
 
-from secateur.calibrate.accumulators import MomentSums, Scratch, cosine_sum, count_tokens, sum_abs
+from secateur.calibrate.accumulators import GramSum, MomentSums, Scratch, cosine_sum, count_tokens, sum_abs
 from secateur.records.statistics import Moments
 
 NUM_TOKENS = 40
@@ -82,3 +82,31 @@ def test_absolute_sums_cosines_and_counts_do_not_depend_on_batches(
         sum(cosine_sum(first[a:b], second[a:b]) for a, b in runs), cosine_sum(first, second), **whole
     )
     assert torch.equal(sum(count_tokens(ids[a:b], 200) for a, b in runs), count_tokens(ids, 200))
+
+
+def gram(values: Tensor, bounds: list[int]) -> Tensor:
+    """Return the Gram matrix of values added batch by batch."""
+    sums = GramSum()
+    for start, stop in pairwise(bounds):
+        sums.update(values[start:stop])
+    return sums.result()
+
+
+@given(seeds, cuts, dtypes, scales, st.sampled_from([1, 5, 32, 70]))
+def test_gram_matrices_do_not_depend_on_batches(
+    seed: int, bounds: list[int], dtype: torch.dtype, scale: float, channels: int
+) -> None:
+    """Any batching gives the matrix of one batch, which is that of a float64 product, and is symmetric."""
+    values = tokens(seed, dtype, scale, channels)
+    batched = gram(values, bounds)
+    wide = values.double()
+    torch.testing.assert_close(batched.double(), wide.T @ wide, **tolerance(dtype, scale, 2))
+    assert torch.equal(batched, batched.T)
+
+
+@given(seeds, st.permutations(range(NUM_TOKENS)))
+def test_gram_matrices_do_not_depend_on_the_order_of_tokens(seed: int, order: list[int]) -> None:
+    """A sum has no order, up to rounding."""
+    values = tokens(seed, torch.float64, 1.0, 40)
+    whole = [0, NUM_TOKENS]
+    torch.testing.assert_close(gram(values[order], whole), gram(values, whole), **tolerance(torch.float64, 1.0, 2))

@@ -1,5 +1,5 @@
 """One streaming pass of text through the dense model, leaving sums per channel, token id and layer."""
 
-from secateur.calibrate.collect import collect
+from secateur.calibrate.collect import collect, collect_grams, collect_with_grams
 
-__all__ = ["collect"]
+__all__ = ["collect", "collect_grams", "collect_with_grams"]

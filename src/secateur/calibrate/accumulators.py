@@ -1,6 +1,7 @@
 """Sums over tokens that do not care how the tokens were batched: pure tensor maths, no hooks, no models.
 
-Each update reduces in float32 (float64 for float64 inputs) and is added to float64 totals.
+Each update reduces in float32 (float64 for float64 inputs) and is added to float64 totals; Gram matrices, which are
+large, are also totalled in that dtype.
 
 Dims: ``tokens`` real tokens of one batch, ``channels`` values per token.
 """
@@ -11,6 +12,7 @@ import torch
 from jaxtyping import Float, Float64, Int64
 from torch import Tensor
 
+from secateur.calibrate.precision import exact_float32
 from secateur.records.statistics import Moments
 
 
@@ -77,6 +79,55 @@ class MomentSums:
     def is_finite(self) -> bool:
         """Return whether every sum is finite."""
         return self._total is None or bool(torch.isfinite(self._total.sum_sq).all())
+
+
+_NUM_PANELS = 8
+_PANEL_STEP = 32
+
+
+class GramSum:
+    """Running sum of x xT, in float32 (float64 for float64 inputs), on the device of the values.
+
+    Only the upper triangle is summed, in panels of rows that reach from the diagonal to the last column: with eight
+    panels that is 9/16 of the work and of the memory.
+    """
+
+    def __init__(self) -> None:
+        self._panels: list[Tensor] = []
+
+    def update(self, values: Float[Tensor, "tokens channels"]) -> None:
+        """Add real tokens; many at a time are cheaper than few."""
+        values = _wide(values)
+        if not self._panels:
+            self._panels = _empty_panels(values)
+        with exact_float32():
+            for panel in self._panels:
+                start = values.shape[1] - panel.shape[1]
+                panel.addmm_(values[:, start : start + panel.shape[0]].T, values[:, start:])
+
+    def result(self) -> Float[Tensor, "channels channels"]:
+        """Return the whole symmetric matrix so far, on the CPU."""
+        assert self._panels, "nothing was collected"
+        channels = self._panels[0].shape[1]
+        full = torch.empty(channels, channels, dtype=self._panels[0].dtype)
+        for panel in self._panels:
+            start, stop = channels - panel.shape[1], channels - panel.shape[1] + panel.shape[0]
+            full[start:stop, start:] = panel
+            full[stop:, start:stop] = full[start:stop, stop:].T
+            square = full[start:stop, start:stop]
+            square.copy_(square.triu() + square.triu(1).T)
+        return full
+
+    def is_finite(self) -> bool:
+        """Return whether every sum is finite; a channel whose own square sum is finite has only finite products."""
+        return not self._panels or bool(torch.isfinite(torch.cat([panel.diagonal() for panel in self._panels])).all())
+
+
+def _empty_panels(values: Tensor) -> list[Tensor]:
+    channels = values.shape[1]
+    height = _PANEL_STEP * -(-channels // (_NUM_PANELS * _PANEL_STEP))
+    starts = range(0, channels, height)
+    return [values.new_zeros(min(height, channels - start), channels - start) for start in starts]
 
 
 def count_tokens(token_ids: Int64[Tensor, " tokens"], vocab_size: int) -> Int64[Tensor, " vocab"]:

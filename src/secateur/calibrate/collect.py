@@ -2,9 +2,8 @@
 
 from __future__ import annotations
 
-import time
 from collections import defaultdict
-from collections.abc import Iterator
+from collections.abc import Collection
 from functools import partial
 from typing import Any
 
@@ -12,13 +11,14 @@ import torch
 from torch import Tensor
 
 from secateur.calibrate.accumulators import MomentSums, Scratch, cosine_sum, count_tokens, sum_abs
-from secateur.calibrate.taps import OnTensor, tapped
-from secateur.errors import CheckpointError
+from secateur.calibrate.grams import GramListener
+from secateur.calibrate.one_pass import RealTokens, Taps, not_finite, run_pass
+from secateur.calibrate.taps import OnTensor
 from secateur.families.geometry import Geometry, LinearOutput
 from secateur.progress import Progress, silent
-from secateur.records.blocks import TokenBlocks
+from secateur.records.blocks import BlockBatch, TokenBlocks
+from secateur.records.gram import GramsInMemory
 from secateur.records.statistics import BucketStatistics, SiteKey
-from secateur.stream.forward import run_backbone
 
 
 def linear_tap(kind: str, index: int) -> str:
@@ -27,75 +27,81 @@ def linear_tap(kind: str, index: int) -> str:
 
 
 class _Sums:
-    """Everything one pass adds up; its methods are called by the taps while a batch runs."""
+    """All statistics one pass adds up; its methods are called by the taps while a batch runs."""
 
-    def __init__(self, geometry: Geometry, vocab_size: int) -> None:
+    def __init__(self, geometry: Geometry) -> None:
         self.geometry = geometry
-        self.vocab_size = vocab_size
-        self.rows: list[slice | Tensor] = []
-        """For each block of the batch that is running: where its real tokens are."""
+        self.vocab_size = geometry.dimensions["vocab_size"]
+        self.tokens: RealTokens
         self.scratch = Scratch()
         self.moments: defaultdict[SiteKey, MomentSums] = defaultdict(MomentSums)
         self.linear: dict[SiteKey, Tensor] = {}
         self.cosine: list[Tensor] = [torch.zeros((), dtype=torch.float64)] * geometry.num_layers
-        self.token_counts = torch.zeros(vocab_size, dtype=torch.int64)
+        self.token_counts = torch.zeros(self.vocab_size, dtype=torch.int64)
         self.num_tokens = 0
         self.num_blocks = 0
 
-    def start_batch(self, valid: Tensor) -> None:
-        """Note which tokens of the next batch are real; padding comes last in a packed block, so a slice will do."""
-        counts = [int(row.sum()) for row in valid]
-        self.rows = [slice(n) if bool(row[:n].all()) else row for row, n in zip(valid, counts, strict=True)]
+    def taps(self) -> Taps:
+        """Return what to call at which modules."""
+        geometry = self.geometry
+        inputs: dict[str, OnTensor] = {}
+        grouped: defaultdict[str, list[tuple[SiteKey, LinearOutput, int]]] = defaultdict(list)
+        for kind, layers in geometry.axes.items():
+            for axis in layers:
+                inputs[axis.reader] = partial(self.add_input, (axis.layer, kind))
+                for index, output in enumerate(axis.linear):
+                    grouped[output.module].append(((axis.layer, linear_tap(kind, index)), output, axis.num_units))
+        outputs = {module: partial(self.add_output, taps) for module, taps in grouped.items()}
+        through = {geometry.layer_name(layer): partial(self.add_layer, layer) for layer in range(geometry.num_layers)}
+        return Taps(inputs, outputs, through)
 
-    def real_rows(self, values: Tensor) -> Iterator[Tensor]:
-        """Yield the real tokens of each block."""
-        blocks = values.reshape(len(self.rows), -1, values.shape[-1])
-        for block, rows in zip(blocks, self.rows, strict=True):
-            yield block[rows] if isinstance(rows, slice) else block[rows.to(block.device)]
+    def start_batch(self, tokens: RealTokens) -> None:
+        """Note where the real tokens of the next batch are."""
+        self.tokens = tokens
 
     def add_input(self, key: SiteKey, values: Tensor) -> None:
-        for rows in self.real_rows(values):
+        for rows in self.tokens.by_block(values):
             self.moments[key].update(rows, self.scratch)
 
     def add_output(self, taps: list[tuple[SiteKey, LinearOutput, int]], values: Tensor) -> None:
-        total = torch.stack([sum_abs(rows, self.scratch) for rows in self.real_rows(values)]).sum(0)
+        total = torch.stack([sum_abs(rows, self.scratch) for rows in self.tokens.by_block(values)]).sum(0)
         for key, output, units in taps:
             part = total[output.offset : output.offset + units]
             self.linear[key] = self.linear[key] + part if key in self.linear else part
 
     def add_layer(self, layer: int, before: Tensor, after: Tensor) -> None:
-        for first, second in zip(self.real_rows(before), self.real_rows(after), strict=True):
+        for first, second in zip(self.tokens.by_block(before), self.tokens.by_block(after), strict=True):
             self.cosine[layer] = self.cosine[layer] + cosine_sum(first, second).cpu()
+
+    def end_batch(self, batch: BlockBatch) -> None:
+        """Count the batch, or raise CheckpointError if its activations were not finite."""
+        self.require_finite()
+        self.token_counts += count_tokens(batch.input_ids[batch.valid], self.vocab_size)
+        self.num_tokens += batch.num_tokens
+        self.num_blocks += batch.input_ids.shape[0]
 
     def require_finite(self) -> None:
         """Raise CheckpointError naming the first place whose activations are not finite."""
         for layer in range(self.geometry.num_layers):
             for (at, kind), sums in self.moments.items():  # in the order in which they ran
                 if at == layer and not sums.is_finite():
-                    raise _not_finite(f"input of {self.geometry.axes[kind][layer].reader}")
+                    raise not_finite(f"input of {self.geometry.axes[kind][layer].reader}")
             if not bool(torch.isfinite(self.cosine[layer])):
-                raise _not_finite(f"output of {self.geometry.layer_name(layer)}")
+                raise not_finite(f"output of {self.geometry.layer_name(layer)}")
 
-
-def _not_finite(place: str) -> CheckpointError:
-    return CheckpointError(
-        f"activations at the {place} are not finite (NaN or infinite). Check the checkpoint, or run with "
-        "dtype: float32 if the model overflows in half precision."
-    )
-
-
-def _taps(sums: _Sums) -> dict[str, dict[str, Any]]:
-    geometry = sums.geometry
-    inputs: dict[str, OnTensor] = {}
-    grouped: defaultdict[str, list[tuple[SiteKey, LinearOutput, int]]] = defaultdict(list)
-    for kind, layers in geometry.axes.items():
-        for axis in layers:
-            inputs[axis.reader] = partial(sums.add_input, (axis.layer, kind))
-            for index, output in enumerate(axis.linear):
-                grouped[output.module].append(((axis.layer, linear_tap(kind, index)), output, axis.num_units))
-    outputs = {module: partial(sums.add_output, taps) for module, taps in grouped.items()}
-    through = {geometry.layer_name(layer): partial(sums.add_layer, layer) for layer in range(geometry.num_layers)}
-    return {"inputs": inputs, "outputs": outputs, "through": through}
+    def result(self, blocks: TokenBlocks, seconds: float) -> BucketStatistics:
+        """Return the sums of the pass over ``blocks``, on the CPU."""
+        return BucketStatistics(
+            num_tokens=self.num_tokens,
+            num_blocks=self.num_blocks,
+            token_counts=self.token_counts,
+            moments={key: value.result() for key, value in sorted(self.moments.items())},
+            linear_abs={key: value.cpu() for key, value in sorted(self.linear.items())},
+            cosine_sum=torch.stack(self.cosine),
+            documents=torch.unique(blocks.documents),
+            corpus_fingerprint=blocks.fingerprint,
+            tokens_per_s=self.num_tokens / seconds,
+        )
 
 
 def collect(
@@ -123,27 +129,59 @@ def collect(
     Raises:
         CheckpointError: activations are not finite; the layer is named.
     """
-    sums = _Sums(geometry, geometry.dimensions["vocab_size"])
-    model.eval()
-    started = time.perf_counter()
-    with torch.inference_mode(), progress(label, blocks.num_tokens, "tokens") as task, tapped(model, **_taps(sums)):
-        for batch in blocks.batches(batch_size):
-            sums.start_batch(batch.valid)
-            run_backbone(model, batch, geometry.family)
-            sums.require_finite()
-            sums.token_counts += count_tokens(batch.input_ids[batch.valid], sums.vocab_size)
-            sums.num_tokens += batch.num_tokens
-            sums.num_blocks += batch.input_ids.shape[0]
-            task.advance(batch.num_tokens)
-    seconds = time.perf_counter() - started
-    return BucketStatistics(
-        num_tokens=sums.num_tokens,
-        num_blocks=sums.num_blocks,
-        token_counts=sums.token_counts,
-        moments={key: value.result() for key, value in sorted(sums.moments.items())},
-        linear_abs={key: value.cpu() for key, value in sorted(sums.linear.items())},
-        cosine_sum=torch.stack(sums.cosine),
-        documents=torch.unique(blocks.documents),
-        corpus_fingerprint=blocks.fingerprint,
-        tokens_per_s=sums.num_tokens / seconds,
-    )
+    sums = _Sums(geometry)
+    seconds = run_pass(model, blocks, geometry, [sums], batch_size=batch_size, progress=progress, label=label)
+    return sums.result(blocks, seconds)
+
+
+def collect_with_grams(
+    model: Any,
+    blocks: TokenBlocks,
+    geometry: Geometry,
+    kinds: Collection[str],
+    *,
+    batch_size: int = 4,
+    progress: Progress = silent,
+    label: str = "calibrate",
+) -> tuple[BucketStatistics, GramsInMemory]:
+    """Return what ``collect`` returns, and the Gram matrices of the same pass.
+
+    Args:
+        model: as for ``collect``.
+        blocks: packed calibration text.
+        geometry: of this model.
+        kinds: unit kinds whose reading projections' inputs are summed. All their matrices are held at once, in float32
+            on the devices of the activations: channels x channels x 2.25 bytes each while they are summed, and
+            channels x channels x 4 bytes in main memory afterwards.
+        batch_size: blocks per forward pass.
+        progress: told about finished tokens.
+        label: name of the work for ``progress``.
+
+    Raises:
+        CheckpointError: activations are not finite; the layer is named.
+        FamilyError: the family has no such unit kind.
+    """
+    sums, grams = _Sums(geometry), GramListener(geometry, kinds)
+    seconds = run_pass(model, blocks, geometry, [sums, grams], batch_size=batch_size, progress=progress, label=label)
+    return sums.result(blocks, seconds), grams.take()
+
+
+def collect_grams(
+    model: Any,
+    blocks: TokenBlocks,
+    geometry: Geometry,
+    kinds: Collection[str],
+    *,
+    batch_size: int = 4,
+    progress: Progress = silent,
+    label: str = "calibrate",
+) -> GramsInMemory:
+    """Return only the Gram matrices of one pass: what ``collect_with_grams`` returns second, for less time.
+
+    Raises:
+        CheckpointError: activations are not finite; the layer is named.
+        FamilyError: the family has no such unit kind.
+    """
+    grams = GramListener(geometry, kinds)
+    run_pass(model, blocks, geometry, [grams], batch_size=batch_size, progress=progress, label=label)
+    return grams.take()

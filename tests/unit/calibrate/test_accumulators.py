@@ -9,7 +9,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from secateur.calibrate.accumulators import MomentSums, Scratch, cosine_sum, count_tokens, sum_abs
+from secateur.calibrate.accumulators import GramSum, MomentSums, Scratch, cosine_sum, count_tokens, sum_abs
 
 
 def values(tokens: int, channels: int, dtype: torch.dtype = torch.float64, seed: int = 0) -> Tensor:
@@ -99,3 +99,121 @@ def test_tokens_are_counted_by_id() -> None:
     """One count per id of the vocabulary, also those that never occur."""
     assert count_tokens(torch.tensor([1, 3, 1, 1]), 5).tolist() == [0, 3, 0, 1, 0]
     assert count_tokens(torch.empty(0, dtype=torch.int64), 3).tolist() == [0, 0, 0]
+
+
+# -- Gram matrices ---------------------------------------------------------------------------------------------------
+
+
+def gram(*parts: Tensor) -> Tensor:
+    """Return the Gram matrix of values that come in parts."""
+    sums = GramSum()
+    for part in parts:
+        sums.update(part)
+    return sums.result()
+
+
+@pytest.mark.parametrize("channels", [1, 31, 32, 33, 64, 100, 256, 257, 300, 600])
+def test_gram_matrices_equal_the_full_product(channels: int) -> None:
+    """Whatever the width leaves for the last panel, every product is there, on both sides of the diagonal."""
+    data = values(9, channels)
+    result = gram(data[:4], data[4:])
+    np.testing.assert_allclose(result.numpy(), data.numpy().T @ data.numpy(), rtol=1e-12, atol=1e-12)
+    assert torch.equal(result, result.T)
+
+
+def test_gram_matrices_take_little_more_than_half() -> None:
+    """The running sums of a wide layer hold 9/16 of the full matrix."""
+    sums = GramSum()
+    sums.update(values(2, 1024))
+    assert sum(panel.numel() for panel in sums._panels) == 1024 * 1024 * 9 // 16
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16, torch.float32])
+def test_gram_matrices_of_narrow_inputs_are_summed_in_float32(dtype: torch.dtype) -> None:
+    """Products of half precision neither overflow nor drown in their sum."""
+    data = torch.full((4096, 3), 300.1, dtype=dtype)
+    result = gram(*data.split(512))
+    assert result.dtype == torch.float32
+    np.testing.assert_allclose(result.numpy(), 4096 * float(data[0, 0]) ** 2, rtol=1e-5)
+
+
+@pytest.mark.parametrize("precision", ["high", "medium"])
+def test_gram_matrices_are_not_rounded_for_speed(precision: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A process that lets float32 be multiplied as something shorter still gets exact sums, and its setting back."""
+    data = values(64, 1024, torch.float32)
+    during = []
+    addmm_ = Tensor.addmm_
+
+    def watched(self: Tensor, *arguments: Tensor) -> Tensor:
+        during.append(torch.get_float32_matmul_precision())
+        return addmm_(self, *arguments)
+
+    monkeypatch.setattr(Tensor, "addmm_", watched)
+    torch.set_float32_matmul_precision(precision)
+    try:
+        result = gram(data)
+        assert torch.get_float32_matmul_precision() == precision
+    finally:
+        torch.set_float32_matmul_precision("highest")
+    assert set(during) == {"highest"}
+    exact = data.double().T @ data.double()
+    np.testing.assert_allclose(result.numpy(), exact.numpy(), rtol=1e-4, atol=1e-4)
+
+
+def test_gram_matrices_are_handed_out_as_they_are_now() -> None:
+    """A result is not changed by what is added later, and may be changed without harm, also after inference mode."""
+    data = values(6, 40)
+    sums = GramSum()
+    with torch.inference_mode():
+        sums.update(data[:3])
+    early = sums.result()
+    early.diagonal().add_(1.0)
+    with torch.inference_mode():
+        sums.update(data[3:])
+    np.testing.assert_allclose(early.numpy(), (data[:3].T @ data[:3] + torch.eye(40)).numpy(), atol=1e-12)
+    np.testing.assert_allclose(sums.result().numpy(), (data.T @ data).numpy(), atol=1e-12)
+
+
+def test_no_tokens_add_nothing_to_gram_matrices() -> None:
+    """A batch of padding only changes no sum, first or later."""
+    data = values(3, 5)
+    assert torch.equal(gram(values(0, 5), data, values(0, 5)), gram(data))
+
+
+@pytest.mark.parametrize("bad", [math.nan, math.inf, -math.inf])
+@pytest.mark.parametrize("channel", [0, 40, 69])
+def test_gram_matrices_that_are_not_finite_are_noticed(bad: float, channel: int) -> None:
+    """One bad value in any panel is enough, and stays noticed."""
+    sums = GramSum()
+    assert sums.is_finite()
+    data = values(3, 70)
+    sums.update(data)
+    assert sums.is_finite()
+    data[1, channel] = bad
+    sums.update(data)
+    sums.update(values(3, 70))
+    assert not sums.is_finite()
+
+
+def test_gram_matrices_are_mirrored_from_above_the_diagonal() -> None:
+    """Where a library rounds x y and y x differently, the result is symmetric all the same."""
+    sums = GramSum()
+    sums.update(values(5, 40))
+    before = sums.result()
+    sums._panels[0][7, 3] += 1.0
+    assert torch.equal(sums.result(), before)
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_gram_matrices_on_a_gpu_are_exact_and_come_back(dtype: torch.dtype) -> None:
+    """TF32 is not used even where the process allows it, and the result is in main memory."""
+    data = values(512, 300, dtype)
+    torch.set_float32_matmul_precision("high")
+    try:
+        result = gram(*data.cuda().split(200))
+    finally:
+        torch.set_float32_matmul_precision("highest")
+    assert (result.device.type, result.dtype) == ("cpu", torch.float32)
+    exact = data.double().T @ data.double()
+    np.testing.assert_allclose(result.numpy(), exact.numpy(), rtol=1e-4, atol=1e-3)

@@ -1,0 +1,66 @@
+"""Sums of x xT at the input of the reading projections, for chosen unit kinds."""
+
+from __future__ import annotations
+
+from collections import defaultdict
+from collections.abc import Collection
+from functools import partial
+
+from torch import Tensor
+
+from secateur.calibrate.accumulators import GramSum
+from secateur.calibrate.one_pass import RealTokens, Taps, not_finite
+from secateur.errors import FamilyError
+from secateur.families.geometry import Geometry
+from secateur.records.blocks import BlockBatch
+from secateur.records.gram import GramsInMemory
+from secateur.records.statistics import SiteKey
+
+
+class GramListener:
+    """Adds up the Gram matrices of one pass.
+
+    Raises:
+        FamilyError: the family has no such unit kind.
+    """
+
+    def __init__(self, geometry: Geometry, kinds: Collection[str]) -> None:
+        unknown = sorted(set(kinds) - set(geometry.axes))
+        if unknown:
+            raise FamilyError(
+                f"a {geometry.family.name} model has no units called {', '.join(unknown)}. "
+                f"It has: {', '.join(geometry.axes)}."
+            )
+        self._readers = {
+            (axis.layer, kind): axis.reader
+            for kind, layers in geometry.axes.items()
+            if kind in kinds
+            for axis in layers
+        }
+        self._sums: defaultdict[SiteKey, GramSum] = defaultdict(GramSum)
+        self._tokens: RealTokens | None = None
+        self._count = 0
+
+    def taps(self) -> Taps:
+        """Return the inputs of the reading projections."""
+        return Taps(inputs={reader: partial(self._add, site) for site, reader in self._readers.items()})
+
+    def start_batch(self, tokens: RealTokens) -> None:
+        """Note where the real tokens of the next batch are."""
+        self._tokens = tokens
+
+    def _add(self, site: SiteKey, values: Tensor) -> None:
+        assert self._tokens is not None, "no batch was started"
+        for rows in self._tokens.by_run(values):
+            self._sums[site].update(rows)
+
+    def end_batch(self, batch: BlockBatch) -> None:
+        """Count the batch; raise CheckpointError naming the first place whose activations are not finite."""
+        for site, sums in self._sums.items():  # in the order in which they ran
+            if not sums.is_finite():
+                raise not_finite(f"input of {self._readers[site]}")
+        self._count += batch.num_tokens
+
+    def take(self) -> GramsInMemory:
+        """Return the sums and forget them, one by one, so that memory never holds all of them twice."""
+        return GramsInMemory(self._count, {site: self._sums.pop(site).result() for site in sorted(self._sums)})

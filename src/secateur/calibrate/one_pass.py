@@ -1,0 +1,109 @@
+"""Blocks through the dense model once, for whoever listens at its modules; knows no statistic."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import ExitStack
+from dataclasses import dataclass, field
+from typing import Any, Protocol, runtime_checkable
+
+import torch
+from jaxtyping import Bool, Float
+from torch import Tensor
+
+from secateur.calibrate.taps import OnPair, OnTensor, tapped
+from secateur.errors import CheckpointError
+from secateur.families.geometry import Geometry
+from secateur.progress import Progress
+from secateur.records.blocks import BlockBatch, TokenBlocks
+from secateur.stream.forward import run_backbone
+
+
+class RealTokens:
+    """Where the real tokens of the running batch are; padding comes last in a packed block."""
+
+    def __init__(self, valid: Bool[Tensor, "batch seq"]) -> None:
+        counts = [int(row.sum()) for row in valid]
+        self._blocks = [slice(n) if bool(row[:n].all()) else row for row, n in zip(valid, counts, strict=True)]
+        edges = torch.nn.functional.pad(valid.flatten(), (1, 1)).int().diff()
+        self._runs = [
+            slice(*ends) for ends in zip(*((edges == e).nonzero()[:, 0].tolist() for e in (1, -1)), strict=True)
+        ]
+
+    def by_block(self, values: Float[Tensor, "... channels"]) -> Iterator[Float[Tensor, "tokens channels"]]:
+        """Yield the real tokens of each block: pieces small enough to stay near the processor."""
+        blocks = values.reshape(len(self._blocks), -1, values.shape[-1])
+        for block, rows in zip(blocks, self._blocks, strict=True):
+            yield block[rows] if isinstance(rows, slice) else block[rows.to(block.device)]
+
+    def by_run(self, values: Float[Tensor, "... channels"]) -> Iterator[Float[Tensor, "tokens channels"]]:
+        """Yield each unbroken run of real tokens, across blocks: as many at a time as can be had without a copy."""
+        rows = values.reshape(-1, values.shape[-1])
+        for run in self._runs:
+            yield rows[run]
+
+
+@dataclass(frozen=True, slots=True)
+class Taps:
+    """What to call at which modules: the arguments of ``tapped``."""
+
+    inputs: Mapping[str, OnTensor] = field(default_factory=dict)
+    outputs: Mapping[str, OnTensor] = field(default_factory=dict)
+    through: Mapping[str, OnPair] = field(default_factory=dict)
+
+
+@runtime_checkable
+class Listener(Protocol):
+    """Something that adds up what it hears at the taps."""
+
+    def taps(self) -> Taps:
+        """Return what to call at which modules."""
+
+    def start_batch(self, tokens: RealTokens) -> None:
+        """Note where the real tokens of the next batch are."""
+
+    def end_batch(self, batch: BlockBatch) -> None:
+        """Note that a batch has run; raise CheckpointError if what was heard is not finite."""
+
+
+def run_pass(
+    model: Any,
+    blocks: TokenBlocks,
+    geometry: Geometry,
+    listeners: Sequence[Listener],
+    *,
+    batch_size: int,
+    progress: Progress,
+    label: str,
+) -> float:
+    """Run ``blocks`` through ``model`` (set to evaluation mode) and return how many seconds it took.
+
+    Raises:
+        CheckpointError: what a listener heard is not finite.
+    """
+    model.eval()
+    started = time.perf_counter()
+    with ExitStack() as stack:
+        stack.enter_context(torch.inference_mode())
+        task = stack.enter_context(progress(label, blocks.num_tokens, "tokens"))
+        for listener in listeners:
+            taps = listener.taps()
+            stack.enter_context(tapped(model, inputs=taps.inputs, outputs=taps.outputs, through=taps.through))
+        for batch in blocks.batches(batch_size):
+            tokens = RealTokens(batch.valid)
+            for listener in listeners:
+                listener.start_batch(tokens)
+            run_backbone(model, batch, geometry.family)
+            for listener in listeners:
+                listener.end_batch(batch)
+            task.advance(batch.num_tokens)
+    return time.perf_counter() - started
+
+
+def not_finite(place: str) -> CheckpointError:
+    """Return the error for activations that are not finite at a place."""
+    return CheckpointError(
+        f"activations at the {place} are not finite (NaN or infinite). Check the checkpoint, or run with "
+        "dtype: float32 if the model overflows in half precision."
+    )
