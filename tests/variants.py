@@ -14,5 +14,12 @@ def variants(name: str) -> list[dict[str, Any]]:
     function = METHODS[name].function
     hints = get_type_hints(function)
     options = [p.name for p in inspect.signature(function).parameters.values() if p.kind is p.KEYWORD_ONLY]
-    listed = {option: get_args(hints[option]) for option in options if get_origin(hints[option]) is Literal}
-    return [dict(zip(listed, values, strict=True)) for values in product(*listed.values())]
+    listed = {option: values for option in options if (values := _values(hints[option]))}
+    return [dict(zip(listed, chosen, strict=True)) for chosen in product(*listed.values())]
+
+
+def _values(hint: Any) -> tuple[Any, ...]:
+    """Return the values that an annotation lists; both for a flag."""
+    if hint is bool:
+        return (False, True)
+    return get_args(hint) if get_origin(hint) is Literal else ()

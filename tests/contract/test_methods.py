@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import inspect
-from collections.abc import Sequence
+from collections.abc import Callable
 from dataclasses import replace
 from functools import cache
 from typing import Any
@@ -16,12 +16,14 @@ from secateur.calibrate import collect
 from secateur.errors import ConfigError
 from secateur.families.geometry import Geometry
 from secateur.families.loader import families
+from secateur.records.gram import Grams
 from secateur.records.statistics import BucketStatistics, Moments
 from secateur.records.units import FFN_CHANNEL, GQA_GROUP, LAYER_UNIT_KINDS
 from secateur.score import METHODS, Evidence, score_units
 from tests.blocks import hand_made_blocks
 from tests.conftest import geometry_of, pico_model
 from tests.pruning import logits, masked
+from tests.unit.score.grams import grams_of
 from tests.variants import variants
 
 NUM_UNITS = 12
@@ -43,12 +45,17 @@ each_kind = pytest.mark.parametrize("kind", LAYER_UNIT_KINDS)
 
 
 def evidence(kind: str, seed: int = 0) -> Evidence:
-    """Return made-up evidence that could have come from a model: sums over tokens that exist, and weights."""
+    """Return made-up evidence that could have come from a model: sums over tokens that exist, and weights.
+
+    The last weight slice is that of the reading projection.
+    """
     generator = torch.Generator().manual_seed(seed)
     width = 1 if kind == FFN_CHANNEL else 3
     tokens = torch.randn(40, NUM_UNITS * width, dtype=torch.float64, generator=generator)
     tokens *= torch.rand(NUM_UNITS * width, dtype=torch.float64, generator=generator) + 0.1
     weights = [torch.randn(NUM_UNITS, 5 * width, generator=generator) for _ in range(3)]
+    reader = weights[-1].reshape(NUM_UNITS * width, 5).T
+    gram = tokens.T @ tokens / 40
     outputs = [torch.rand(NUM_UNITS, dtype=torch.float64, generator=generator) * 40 for _ in range(2)]
     return Evidence(
         kind=kind,
@@ -58,6 +65,8 @@ def evidence(kind: str, seed: int = 0) -> Evidence:
         moments=Moments(40, tokens.sum(0), tokens.abs().sum(0), tokens.pow(2).sum(0)),
         linear_abs=outputs if kind == FFN_CHANNEL else [],
         load_weights=lambda: weights,
+        load_reader=lambda: reader,
+        load_gram=lambda: gram,
         seed=7,
     )
 
@@ -70,12 +79,22 @@ def permuted(item: Evidence, order: Tensor) -> Evidence:
 
     sums = item.moments
     weights = [matrix[order] for matrix in item.load_weights()]
+    places = channels(torch.arange(item.num_units * item.width))
     return replace(
         item,
         moments=Moments(sums.count, channels(sums.sum), channels(sums.sum_abs), channels(sums.sum_sq)),
         linear_abs=[values[order] for values in item.linear_abs],
         load_weights=lambda: weights,
+        load_reader=lambda: item.load_reader()[:, places],
+        load_gram=lambda: item.load_gram()[places][:, places],
     )
+
+
+def tensors(item: Evidence) -> list[Tensor]:
+    """Return every tensor that evidence holds or loads."""
+    sums = item.moments
+    loaded = [*item.load_weights(), item.load_reader(), item.load_gram()]
+    return [sums.sum, sums.sum_abs, sums.sum_sq, *item.linear_abs, *loaded]
 
 
 def score(method: str, item: Evidence, options: dict[str, Any]) -> Tensor:
@@ -106,43 +125,58 @@ def test_scores_are_deterministic_and_leave_the_evidence_alone(method: str, opti
     torch.manual_seed(99)
     torch.rand(3)
     assert torch.equal(first, score(method, item, options))
-    assert torch.equal(item.moments.sum_abs, untouched.moments.sum_abs)
-    assert torch.equal(item.moments.sum_sq, untouched.moments.sum_sq)
-    for mine, other in zip(
-        [*item.linear_abs, *item.load_weights()], [*untouched.linear_abs, *untouched.load_weights()], strict=True
-    ):
+    for mine, other in zip(tensors(item), tensors(untouched), strict=True):
         assert torch.equal(mine, other)
 
 
 @each_kind
 @every_method
 def test_permuting_units_permutes_scores(method: str, options: dict[str, Any], kind: str) -> None:
-    """A unit's score does not depend on its place; methods that look at nothing are excepted."""
+    """A unit's score does not depend on its place; methods that look at nothing are excepted.
+
+    A matrix of permuted units is factored in another order, so its inverse is equal to fewer digits.
+    """
     if METHODS[method].needs == "nothing":
         pytest.skip("draws by place on purpose")
     item = evidence(kind)
     order = torch.randperm(NUM_UNITS, generator=torch.Generator().manual_seed(3))
     expected = score(method, item, options)[order]
-    torch.testing.assert_close(score(method, permuted(item, order), options), expected, rtol=1e-12, atol=0)
+    tolerance = 1e-9 if METHODS[method].gram else 1e-12
+    torch.testing.assert_close(score(method, permuted(item, order), options), expected, rtol=tolerance, atol=0)
 
 
 @each_kind
 @every_method
 def test_methods_read_what_they_say_they_need(method: str, options: dict[str, Any], kind: str) -> None:
-    """Weights are read only by methods that need them, and a method that needs nothing ignores the evidence."""
-    item = evidence(kind)
-    calls: list[str] = []
-
-    def load() -> Sequence[Tensor]:
-        calls.append("weights")
-        return item.load_weights()
-
-    expected = score(method, replace(item, load_weights=load), options)
+    """Weights and Gram matrices are read, and statistics matter, exactly where a method says it needs them."""
+    item, read = evidence(kind), set()
     needs = METHODS[method].needs
-    if needs in ("statistics", "weights", "nothing"):
-        assert bool(calls) == ("weights" in needs)
+
+    def watched(word: str, load: Callable[[], Any]) -> Callable[[], Any]:
+        def watch() -> Any:
+            read.add(word)
+            return load()
+
+        return watch
+
+    watching = replace(
+        item,
+        load_weights=watched("weights", item.load_weights),
+        load_reader=watched("weights", item.load_reader),
+        load_gram=watched("Gram matrices", item.load_gram),
+    )
+    expected = score(method, watching, options)
+    other = evidence(kind, seed=5)
+    if not torch.equal(
+        score(method, replace(item, moments=other.moments, linear_abs=other.linear_abs), options), expected
+    ):
+        read.add("statistics")
+    if needs == "as the other method":
+        return
+    assert set(needs.split(" and ")) == (read or {"nothing"})
+    assert ("Gram matrices" in read) == METHODS[method].gram
     if needs == "nothing":
-        assert torch.equal(score(method, evidence(kind, seed=5), options), expected)
+        assert torch.equal(score(method, other, options), expected)
 
 
 @pytest.mark.parametrize("method", list(METHODS))
@@ -186,8 +220,8 @@ def test_listed_option_values_are_accepted_and_others_refused(method: str, optio
 
 
 @cache
-def planted() -> tuple[Any, Geometry, BucketStatistics, dict[str, list[list[int]]]]:
-    """Return a pico model with useless units, its geometry, its statistics and the useful units per kind and layer.
+def planted() -> tuple[Any, Geometry, BucketStatistics, Grams, dict[str, list[list[int]]]]:
+    """Return a pico model with useless units, its geometry, sums, Gram matrices and useful units per kind and layer.
 
     Half of the FFN channels have tiny gate and up rows; one group of three has tiny query, key and value rows.
     """
@@ -206,16 +240,17 @@ def planted() -> tuple[Any, Geometry, BucketStatistics, dict[str, list[list[int]
             block.self_attn.k_proj.weight.view(3, 8, 48)[layer] *= 1e-3
             block.self_attn.v_proj.weight.view(3, 8, 48)[layer] *= 1e-3
             useful[GQA_GROUP].append([group for group in range(3) if group != layer])
-    return model, geometry, collect(model, hand_made_blocks(), geometry), useful
+    blocks = hand_made_blocks()
+    return model, geometry, collect(model, blocks, geometry), grams_of(model, blocks, geometry), useful
 
 
 def best_units(method: str, kind: str, options: dict[str, Any], seed: int = 0) -> list[list[int]]:
     """Return, per layer, as many best-scored units of the planted model as it has useful ones."""
-    model, geometry, statistics, useful = planted()
+    model, geometry, statistics, grams, useful = planted()
     state = model.state_dict()
     try:
         values = score_units(
-            method, statistics, geometry, [kind], load_tensor=state.get, options=options, seed=seed
+            method, statistics, geometry, [kind], load_tensor=state.get, options=options, seed=seed, grams=grams
         ).values[kind]
     except ConfigError as error:
         assert kind in str(error)
@@ -230,14 +265,14 @@ def best_units(method: str, kind: str, options: dict[str, Any], seed: int = 0) -
 @every_real_method
 def test_useless_units_score_lowest(method: str, options: dict[str, Any], kind: str) -> None:
     """Real methods put every planted useless unit below every useful one."""
-    assert best_units(method, kind, options) == planted()[3][kind]
+    assert best_units(method, kind, options) == planted()[-1][kind]
 
 
 @each_kind
 @every_real_method
 def test_real_methods_beat_the_random_control(method: str, options: dict[str, Any], kind: str) -> None:
     """Keeping the units a method prefers changes the logits less than keeping as many random ones, for every seed."""
-    model, geometry, _, _ = planted()
+    model, geometry, *_ = planted()
     token_ids = torch.arange(90).reshape(2, 45)
     dense = logits(model, token_ids)
 

@@ -16,6 +16,7 @@ from secateur.records.units import LAYER_UNIT_KINDS
 from secateur.score import METHODS, score_units
 from tests.blocks import hand_made_blocks
 from tests.conftest import geometry_of, pico_model
+from tests.unit.score.grams import grams_of
 from tests.variants import variants
 
 FILE = Path(__file__).parent / "methods.json"
@@ -37,6 +38,7 @@ def compute() -> dict[str, Any]:
     model = golden_model()
     geometry = geometry_of(model, families()["llama"])
     statistics = collect(model, hand_made_blocks(), geometry)
+    grams = grams_of(model, hand_made_blocks(), geometry)
     shapes = {name: tuple(parameter.shape) for name, parameter in model.named_parameters()}
     budgets = {kind: {key: 0.34} for kind, key in zip(LAYER_UNIT_KINDS, ("channels", "groups"), strict=True)}
     methods: dict[str, Any] = {}
@@ -46,7 +48,13 @@ def compute() -> dict[str, Any]:
             for kind in LAYER_UNIT_KINDS:
                 try:
                     scores = score_units(
-                        method, statistics, geometry, [kind], load_tensor=model.state_dict().get, options=options
+                        method,
+                        statistics,
+                        geometry,
+                        [kind],
+                        load_tensor=model.state_dict().get,
+                        options=options,
+                        grams=grams,
                     )
                 except ConfigError as error:
                     entry[kind] = {"refused": str(error)}

@@ -8,6 +8,7 @@ from dataclasses import dataclass
 from typing import Annotated, Any, Literal, get_args, get_origin, get_type_hints
 
 from jaxtyping import Float, Float64
+from pydantic import TypeAdapter, ValidationError
 from torch import Tensor
 
 from secateur.errors import ConfigError
@@ -26,6 +27,10 @@ class Evidence:
         linear_abs: per pre-activation output, the sum over calibration tokens of |output| per unit.
         load_weights: returns the weight slices of the units, one (units, elements) matrix per coupled slice; calling
             it may read the checkpoint, so only methods that need weights do.
+        load_reader: returns the weight of the reading projection, one column per channel, whatever the checkpoint's
+            layout; it may read the checkpoint.
+        load_gram: returns the Gram matrix H = mean over calibration tokens of x xT at the reading projection's input,
+            symmetric; raises ConfigError where the calibration took none.
         seed: for methods that draw.
     """
 
@@ -36,6 +41,8 @@ class Evidence:
     moments: Moments
     linear_abs: Sequence[Float64[Tensor, " units"]]
     load_weights: Callable[[], Sequence[Float[Tensor, "units _elements"]]]
+    load_reader: Callable[[], Float[Tensor, "out channels"]]
+    load_gram: Callable[[], Float64[Tensor, "channels channels"]]
     seed: int
 
 
@@ -52,11 +59,12 @@ class Method:
         function: the scoring function; its keyword-only parameters are the method's options.
         measures: what it measures, one sentence.
         formula: the formula, in plain text.
-        needs: what it reads ("statistics", "weights", "nothing").
+        needs: what it reads: "statistics", "Gram matrices", "weights", joined by "and"; or "nothing".
         cost: what it costs beyond the calibration pass.
         caveat: when it is a bad idea.
         source: author, year, arXiv id.
         control: whether it is a control rather than a method to use.
+        gram: whether it reads Gram matrices, which the calibration takes only when asked.
     """
 
     name: str
@@ -67,7 +75,8 @@ class Method:
     cost: str
     caveat: str
     source: str
-    control: bool
+    control: bool = False
+    gram: bool = False
 
     def check_options(self, options: Mapping[str, Any]) -> None:
         """Refuse options that the method does not have, or values it does not take.
@@ -75,9 +84,7 @@ class Method:
         Raises:
             ConfigError: unknown option or value; the known ones are listed.
         """
-        signature = inspect.signature(self.function)
-        parameters = {p.name: p for p in signature.parameters.values() if p.kind is p.KEYWORD_ONLY}
-        hints = get_type_hints(self.function, include_extras=True)
+        parameters, hints = self._parameters(), get_type_hints(self.function, include_extras=True)
         for key, value in options.items():
             if key not in parameters:
                 if not parameters:
@@ -88,13 +95,39 @@ class Method:
                 raise ConfigError(
                     unknown_name(f"value for option {key} of method {self.name}", value, map(str, choices))
                 )
+            if not choices:
+                self._check_type(key, value, hints[key])
+
+    def _check_type(self, key: str, value: Any, hint: Any) -> None:
+        try:
+            TypeAdapter(hint).validate_python(value, strict=True)
+        except ValidationError as error:
+            told = "; or ".join(dict.fromkeys(item["msg"].removeprefix("Input ") for item in error.errors()))
+            raise ConfigError(f"option {key} of method {self.name} {told}; got {value!r}.") from None
+
+    def reads_grams(self, options: Mapping[str, Any]) -> bool:
+        """Return whether the method reads Gram matrices with these options, itself or through a method they name."""
+        hints = get_type_hints(self.function, include_extras=True)
+        values = {name: options.get(name, parameter.default) for name, parameter in self._parameters().items()}
+        named = [value for name, value in values.items() if _registry(hints[name]) is METHODS]
+        return self.gram or any(METHODS[name].gram for name in named)
+
+    def _parameters(self) -> dict[str, inspect.Parameter]:
+        parameters = inspect.signature(self.function).parameters.values()
+        return {p.name: p for p in parameters if p.kind is p.KEYWORD_ONLY}
 
 
 def _listed_values(hint: Any) -> tuple[Any, ...]:
-    """Return the values that an option's annotation lists: a Literal's, or the names in an annotated registry."""
+    """Return the values that an option's annotation lists: a Literal's, a flag's, or the names in a registry."""
     if get_origin(hint) is Literal:
         return get_args(hint)
-    return tuple(hint.__metadata__[0]) if get_origin(hint) is Annotated else ()
+    return (False, True) if hint is bool else tuple(_registry(hint) or ())
+
+
+def _registry(hint: Any) -> Registry[Any] | None:
+    """Return the registry whose names an annotated option takes, if it names one."""
+    extras = hint.__metadata__ if get_origin(hint) is Annotated else ()
+    return next((extra for extra in extras if isinstance(extra, Registry)), None)
 
 
 METHODS: Registry[Method] = Registry("method")
@@ -110,11 +143,12 @@ def register(
     caveat: str,
     source: str,
     control: bool = False,
+    gram: bool = False,
 ) -> Callable[[ScoreFunction], ScoreFunction]:
     """Return a decorator that registers a scoring function under ``name``; fields as in ``Method``."""
 
     def decorate(function: ScoreFunction) -> ScoreFunction:
-        METHODS.add(name, Method(name, function, measures, formula, needs, cost, caveat, source, control))
+        METHODS.add(name, Method(name, function, measures, formula, needs, cost, caveat, source, control, gram))
         return function
 
     return decorate

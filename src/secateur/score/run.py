@@ -8,11 +8,12 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from secateur.errors import CheckpointError
+from secateur.errors import CheckpointError, ConfigError
 from secateur.families.geometry import Geometry, Segment, UnitAxis
+from secateur.records.gram import Grams
 from secateur.records.scores import Scores
 from secateur.records.statistics import BucketStatistics, Moments
-from secateur.score.method import METHODS, Evidence
+from secateur.score.method import METHODS, Evidence, Method
 
 LoadTensor = Callable[[str], Tensor | None]
 """Returns a parameter by name, or None where the model has no such parameter (an absent bias)."""
@@ -47,6 +48,7 @@ def score_units(
     seed: int = 0,
     buckets: Sequence[str] = (),
     inputs_fingerprint: str = "",
+    grams: Grams | None = None,
 ) -> Scores:
     """Return the importance of every unit of the given kinds.
 
@@ -60,11 +62,12 @@ def score_units(
         seed: for methods that draw.
         buckets: names of the buckets behind ``statistics``, for the record.
         inputs_fingerprint: identifies statistics and weights, for the record.
+        grams: Gram matrices of the same text, where the calibration took them; read one site at a time.
 
     Raises:
-        ConfigError: unknown method or option.
+        ConfigError: unknown method or option, or Gram matrices that the method needs are missing or singular.
         FamilyError: this family cannot cut a kind that was asked for.
-        CheckpointError: scores are not finite; layer named.
+        CheckpointError: Gram matrices or scores are not finite; layer named.
     """
     chosen = METHODS[method]
     options = dict(options or {})
@@ -74,7 +77,15 @@ def score_units(
     for kind in kinds:
         values[kind] = []
         for axis in geometry.axes[kind]:
-            score = chosen.function(_evidence(axis, statistics, geometry, load_tensor, seed), **options)
+            evidence = _evidence(chosen, axis, statistics, grams, geometry, load_tensor, seed)
+            try:
+                score = chosen.function(evidence, **options)
+            except torch.linalg.LinAlgError:  # type: ignore[attr-defined]
+                raise ConfigError(
+                    f"method {method} with options {options} cannot invert the Gram matrix of the {kind}s of layer "
+                    f"{axis.layer}: {_channels(axis)} channels were seen on too little text, or copy each other. "
+                    "Raise option ridge, or calibrate on more text."
+                ) from None
             if not bool(torch.isfinite(score).all()):
                 raise CheckpointError(
                     f"method {method} gave scores that are not finite for the {kind}s of layer {axis.layer}; "
@@ -96,31 +107,79 @@ def rehearse(method: str, geometry: Geometry, kinds: Sequence[str], options: Map
     geometry.require_cuttable(kinds)
     for kind in kinds:
         axis = geometry.axes[kind][0]
-        ones, channels = torch.ones(axis.num_units).double(), torch.ones(axis.num_units * axis.reader_width).double()
-        evidence = Evidence(
-            kind=kind,
-            layer=0,
-            num_units=axis.num_units,
-            width=axis.reader_width,
-            moments=Moments(1, channels, channels, channels),
-            linear_abs=[ones for _ in axis.linear],
-            load_weights=lambda ones=ones: [ones[:, None]],  # type: ignore[misc]
-            seed=0,
+        chosen.function(_made_up(kind, width=min(axis.reader_width, 2), linear=len(axis.linear)), **options)
+
+
+def _made_up(kind: str, *, width: int, linear: int) -> Evidence:
+    """Return evidence of two units that are all alike: enough for a method to refuse, and nothing to wait for."""
+    units = 2
+    ones, channels = torch.ones(units).double(), torch.ones(units * width).double()
+    return Evidence(
+        kind=kind,
+        layer=0,
+        num_units=units,
+        width=width,
+        moments=Moments(1, channels, channels, channels),
+        linear_abs=[ones] * linear,
+        load_weights=lambda: [ones[:, None]],
+        load_reader=lambda: channels[None],
+        load_gram=lambda: torch.diag(channels),
+        seed=0,
+    )
+
+
+def _channels(axis: UnitAxis) -> int:
+    return axis.num_units * axis.reader_width
+
+
+def _reader_weight(axis: UnitAxis, load: LoadTensor, weight_layout: str) -> Tensor:
+    weight = load(f"{axis.reader}.weight")
+    assert weight is not None, f"{axis.reader} has no weight"
+    return weight if weight_layout == "out_in" else weight.T
+
+
+def _mean_gram(method: Method, axis: UnitAxis, grams: Grams | None) -> Tensor:
+    """Return the mean of x xT at the reader of an axis, float64 and symmetric to the last bit.
+
+    Raises:
+        ConfigError: there are no Gram matrices.
+        CheckpointError: the matrix holds NaN or infinity.
+    """
+    if grams is None:
+        others = ", ".join(name for name, other in METHODS.items() if not (other.gram or other.control))
+        raise ConfigError(
+            f"method {method.name} needs Gram matrices, and the calibration took none; calibrate with them, or use a "
+            f"method that does without: {others}."
         )
-        chosen.function(evidence, **options)
+    mean = grams.load((axis.layer, axis.kind)).double() / grams.count
+    if not bool(torch.isfinite(mean).all()):
+        raise CheckpointError(
+            f"the Gram matrix of the {axis.kind}s of layer {axis.layer} holds NaN or infinity. Calibrate again, with "
+            "dtype: float32 if the model overflows in half precision."
+        )
+    return (mean + mean.T) / 2
 
 
 def _evidence(
-    axis: UnitAxis, statistics: BucketStatistics, geometry: Geometry, load: LoadTensor, seed: int
+    method: Method,
+    axis: UnitAxis,
+    statistics: BucketStatistics,
+    grams: Grams | None,
+    geometry: Geometry,
+    load: LoadTensor,
+    seed: int,
 ) -> Evidence:
     linear = [statistics.linear_abs[axis.layer, f"{axis.kind}.linear{i}"] for i in range(len(axis.linear))]
+    moments, layout = statistics.moments[axis.layer, axis.kind], geometry.family.weight_layout
     return Evidence(
         kind=axis.kind,
         layer=axis.layer,
         num_units=axis.num_units,
         width=axis.reader_width,
-        moments=statistics.moments[axis.layer, axis.kind],
+        moments=moments,
         linear_abs=linear,
-        load_weights=lambda: unit_weights(axis, load, geometry.family.weight_layout),
+        load_weights=lambda: unit_weights(axis, load, layout),
+        load_reader=lambda: _reader_weight(axis, load, layout).to(moments.sum.device),
+        load_gram=lambda: _mean_gram(method, axis, grams).to(moments.sum.device),
         seed=seed,
     )

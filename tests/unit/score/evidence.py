@@ -15,6 +15,11 @@ def no_weights() -> list[Tensor]:
     raise AssertionError("weights were read")
 
 
+def no_matrix() -> Tensor:
+    """Fail: this method has no business with the reading projection, or with Gram matrices."""
+    raise AssertionError("a weight or a Gram matrix was read")
+
+
 def evidence(tokens: Tensor, width: int = 1, **changes: Any) -> Evidence:
     """Return the evidence of activations ``tokens`` (tokens x channels), with some fields changed."""
     tokens = tokens.double()
@@ -26,6 +31,15 @@ def evidence(tokens: Tensor, width: int = 1, **changes: Any) -> Evidence:
         "moments": Moments(len(tokens), tokens.sum(0), tokens.abs().sum(0), tokens.pow(2).sum(0)),
         "linear_abs": [],
         "load_weights": no_weights,
+        "load_reader": no_matrix,
+        "load_gram": no_matrix,
         "seed": 0,
     }
     return Evidence(**{**fields, **changes})
+
+
+def second_order(tokens: Tensor, reader: Tensor, width: int = 1) -> Evidence:
+    """Return the evidence of activations (tokens x channels) that a projection ``reader`` (out x channels) reads."""
+    tokens = tokens.double()
+    gram = tokens.T @ tokens / len(tokens)
+    return evidence(tokens, width, load_reader=lambda: reader, load_gram=lambda: gram)

@@ -2,11 +2,12 @@
 
 from __future__ import annotations
 
-from typing import Literal
+from typing import Annotated, Literal
 
 import pytest
 import torch
 from jaxtyping import Float64
+from pydantic import Field
 from torch import Tensor
 
 from secateur.errors import ConfigError
@@ -55,6 +56,58 @@ def test_an_unknown_value_lists_the_known_ones() -> None:
     )
 
 
+def ranged(
+    evidence: Evidence,
+    /,
+    *,
+    share: Annotated[float, Field(ge=0.0)] = 0.0,
+    flag: bool = False,
+    count: Annotated[int, Field(ge=1)] | None = None,
+    of: Annotated[str, METHODS] = "contextual",
+) -> Float64[Tensor, " units"]:
+    """Return nothing useful."""
+    del share, flag, count, of
+    return torch.zeros(evidence.num_units, dtype=torch.float64)
+
+
+RANGED = Method("ranged", ranged, **WORDS)
+
+
+@pytest.mark.parametrize(
+    "options", [{"share": 0}, {"share": 2.5}, {"flag": True}, {"count": 1}, {"count": None}, {"of": "obs"}]
+)
+def test_values_of_the_annotated_type_and_range_pass(options: dict[str, object]) -> None:
+    """Whole numbers are numbers, and None passes where it is meant to."""
+    RANGED.check_options(options)
+
+
+@pytest.mark.parametrize(
+    ("options", "words"),
+    [
+        ({"share": -0.5}, "option share of method ranged should be greater than or equal to 0; got -0.5."),
+        ({"share": "half"}, "option share of method ranged should be a valid number; got 'half'."),
+        ({"share": True}, "option share of method ranged should be a valid number; got True."),
+        ({"count": 0}, "option count of method ranged should be greater than or equal to 1; got 0."),
+        ({"count": 1.5}, "option count of method ranged should be a valid integer; got 1.5."),
+        ({"flag": "yes"}, "unknown value for option flag of method ranged 'yes'. Known: False, True."),
+    ],
+)
+def test_other_values_are_refused_before_anything_runs(options: dict[str, object], words: str) -> None:
+    """The option, the method, what it takes and what it got are named."""
+    with pytest.raises(ConfigError) as caught:
+        RANGED.check_options(options)
+    assert str(caught.value) == words
+
+
+def test_whether_gram_matrices_are_read_depends_on_the_methods_that_options_name() -> None:
+    """A method reads them itself, or hands its evidence to one that does."""
+    assert METHODS["obs"].gram and METHODS["obs"].reads_grams({})
+    assert not METHODS["contextual"].gram and not METHODS["contextual"].reads_grams({})
+    assert not METHODS["reversed"].gram and not METHODS["reversed"].reads_grams({})
+    assert METHODS["reversed"].reads_grams({"of": "leverage"})
+    assert not RANGED.reads_grams({"share": 1.0}) and RANGED.reads_grams({"of": "tyr"})
+
+
 def test_a_method_without_options_says_so() -> None:
     """The message says what to remove."""
     with pytest.raises(ConfigError, match=r"method plain has no options; got 'at'. Remove prune\.options"):
@@ -64,9 +117,9 @@ def test_a_method_without_options_says_so() -> None:
 def test_registering_returns_the_function_unchanged() -> None:
     """The decorator only enrols; a second use of the name is refused."""
     try:
-        assert register("a test method", **WORDS, control=True)(plain) is plain
+        assert register("a test method", **WORDS, control=True, gram=True)(plain) is plain
         entry = METHODS["a test method"]
-        assert (entry.function, entry.control, entry.formula) == (plain, True, "words")
+        assert (entry.function, entry.control, entry.gram, entry.formula) == (plain, True, True, "words")
         with pytest.raises(ValueError, match="registered twice"):
             register("a test method", **WORDS)(plain)
     finally:
@@ -74,6 +127,9 @@ def test_registering_returns_the_function_unchanged() -> None:
 
 
 def test_the_registered_methods_are_those_of_the_docs() -> None:
-    """Importing the package enrols at least the paper's method, the baseline and the two controls."""
-    assert {"contextual", "magnitude", "random", "reversed"} <= set(METHODS)
+    """Importing the package enrols the paper's method, the baselines, the second-order methods and the two controls."""
+    first_order = {"activation_norm", "contextual", "fluctuation", "magnitude", "wanda"}
+    second_order = {"leverage", "obs", "tyr"}
+    assert first_order | second_order | {"random", "reversed"} <= set(METHODS)
     assert {name for name in METHODS if METHODS[name].control} == {"random", "reversed"}
+    assert {name for name in METHODS if METHODS[name].gram} == second_order

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
 from dataclasses import replace
 from functools import cache
 from typing import Any
@@ -14,11 +15,15 @@ from secateur.calibrate import collect
 from secateur.errors import CheckpointError, ConfigError, FamilyError
 from secateur.families.geometry import Geometry
 from secateur.families.loader import families
+from secateur.records.gram import GramsInMemory
 from secateur.records.statistics import BucketStatistics
-from secateur.score import score_units
+from secateur.records.units import LAYER_UNIT_KINDS
+from secateur.score import METHODS, Evidence, Method, rehearse, score_units
 from secateur.score.run import unit_weights
 from tests.blocks import hand_made_blocks
 from tests.conftest import geometry_of, pico_model
+from tests.unit.score.grams import grams_of
+from tests.variants import variants
 
 
 @cache
@@ -159,3 +164,162 @@ def test_a_unit_holds_its_own_rows_and_columns() -> None:
     assert torch.equal(keys[1], fused[48 + 8 : 48 + 16].reshape(-1))
     assert torch.equal(values[1], fused[48 + 24 + 8 : 48 + 24 + 16].reshape(-1))
     assert torch.equal(columns[1], output.T[16:32].reshape(-1))
+
+
+GRAM_METHODS = [name for name in METHODS if METHODS[name].gram]
+
+
+@cache
+def grams(name: str) -> GramsInMemory:
+    """Return the Gram matrices of a pico model on the same blocks as its statistics."""
+    model, geometry, _ = calibrated(name)
+    return grams_of(model, hand_made_blocks(), geometry)
+
+
+@pytest.fixture
+def seen() -> Iterator[list[Evidence]]:
+    """What a method that looks at everything was shown, site by site; it is called ``a looking method``."""
+    shown: list[Evidence] = []
+
+    def look(evidence: Evidence, /) -> Tensor:
+        """Return nothing useful."""
+        shown.append(evidence)
+        return torch.zeros(evidence.num_units).double()
+
+    words = {name: "words" for name in ("measures", "formula", "needs", "cost", "caveat", "source")}
+    METHODS.add("a looking method", Method("a looking method", look, **words, gram=True))
+    yield shown
+    del METHODS._items["a looking method"]
+
+
+@pytest.mark.parametrize("name", list(families()))
+def test_the_reader_maps_what_was_summed_to_the_layers_output(name: str, seen: list[Evidence]) -> None:
+    """Whatever the layout on disk: the weight times a channel vector (plus bias) is the reading module's output."""
+    model, geometry, statistics = calibrated(name)
+    kinds = [kind for kind in LAYER_UNIT_KINDS if not geometry.axes[kind][0].fixed]
+    score_units("a looking method", statistics, geometry, kinds, load_tensor=model.state_dict().get)
+    axes = [axis for kind in kinds for axis in geometry.axes[kind]]
+    for axis, evidence in zip(axes, seen, strict=True):
+        module = model.get_submodule(axis.reader)
+        mean = (evidence.moments.sum / evidence.moments.count)[None]
+        expected = module(mean) - module(torch.zeros_like(mean))
+        torch.testing.assert_close(mean @ evidence.load_reader().T, expected.detach(), rtol=1e-10, atol=1e-12)
+
+
+def test_the_gram_matrix_is_the_symmetric_mean_of_its_own_site(seen: list[Evidence]) -> None:
+    """Float64 whatever the sums were kept in, equal to its transpose, with the second moments on its diagonal."""
+    model, geometry, statistics = calibrated("llama")
+    exact = grams("llama")
+    tilted = {key: (value + value.triu(1) * 1e-6).float() for key, value in exact.sums.items()}
+    load = model.state_dict().get
+    for sums in (exact, GramsInMemory(exact.count, tilted)):
+        seen.clear()
+        score_units("a looking method", statistics, geometry, LAYER_UNIT_KINDS, load_tensor=load, grams=sums)
+        assert [(item.layer, item.kind) for item in seen] == [(i, kind) for kind in LAYER_UNIT_KINDS for i in range(2)]
+        for item in seen:
+            gram = item.load_gram()
+            assert gram.dtype == torch.float64 and torch.equal(gram, gram.T)
+            torch.testing.assert_close(gram, exact.sums[item.layer, item.kind] / 50, rtol=2e-6, atol=1e-8)
+            torch.testing.assert_close(gram.diagonal(), item.moments.sum_sq / 50, rtol=1e-6, atol=0)
+
+
+@pytest.mark.parametrize("method", GRAM_METHODS)
+def test_methods_that_need_gram_matrices_say_so_where_there_are_none(method: str) -> None:
+    """The message says what to do, and which methods do without."""
+    model, geometry, statistics = calibrated("llama")
+    load = model.state_dict().get
+    without = "activation_norm, contextual, fluctuation, magnitude, wanda"
+    for name, options in ((method, {}), ("reversed", {"of": method})):
+        with pytest.raises(ConfigError) as caught:
+            score_units(name, statistics, geometry, ["ffn_channel"], load_tensor=load, options=options)
+        assert str(caught.value) == (
+            f"method {name} needs Gram matrices, and the calibration took none; calibrate with them, or use a method "
+            f"that does without: {without}."
+        )
+
+
+def test_gram_matrices_are_read_only_by_methods_that_need_them() -> None:
+    """Their source may be a file per site."""
+    model, geometry, statistics = calibrated("llama")
+
+    class Closed:
+        count = 50
+
+        def load(self, site: tuple[int, str]) -> Tensor:
+            raise AssertionError(f"{site} was read")
+
+    load = model.state_dict().get
+    for method in set(METHODS) - set(GRAM_METHODS):
+        score_units(method, statistics, geometry, ["ffn_channel"], load_tensor=load, grams=Closed())
+
+
+@pytest.mark.parametrize("method", GRAM_METHODS)
+def test_a_gram_matrix_without_an_inverse_is_refused_in_words(method: str) -> None:
+    """64 channels on 50 tokens have no inverse without a ridge; the message names the place and the option."""
+    model, geometry, statistics = calibrated("llama")
+    load, sums = model.state_dict().get, grams("llama")
+    silent = {key: torch.diag(torch.arange(len(value))).double() for key, value in sums.sums.items()}
+    for source in (GramsInMemory(50, silent), GramsInMemory(50, {key: v.float() for key, v in silent.items()})):
+        with pytest.raises(ConfigError) as caught:
+            options = {"ridge": 0.0}
+            score_units(method, statistics, geometry, ["ffn_channel"], load_tensor=load, options=options, grams=source)
+        assert str(caught.value) == (
+            f"method {method} with options {{'ridge': 0.0}} cannot invert the Gram matrix of the ffn_channels of layer "
+            "0: 64 channels were seen on too little text, or copy each other. Raise option ridge, or calibrate on more "
+            "text."
+        )
+
+
+@pytest.mark.parametrize("method", GRAM_METHODS)
+def test_a_gram_matrix_that_is_not_finite_is_refused(method: str) -> None:
+    """Kind and layer are named."""
+    model, geometry, statistics = calibrated("llama")
+    sums = {key: value.clone() for key, value in grams("llama").sums.items()}
+    sums[1, "gqa_group"][2, 3] = torch.inf
+    broken, load = GramsInMemory(50, sums), model.state_dict().get
+    with pytest.raises(CheckpointError, match=r"Gram matrix of the gqa_groups of layer 1 holds NaN or infinity"):
+        score_units(method, statistics, geometry, ["gqa_group"], load_tensor=load, grams=broken)
+
+
+@pytest.mark.parametrize("method", list(METHODS))
+def test_every_method_can_be_rehearsed(method: str) -> None:
+    """Nothing is read, and the only refusal is one that the method makes of itself."""
+    for name in ("llama", "phi"):
+        _, geometry, _ = calibrated(name)
+        for options in variants(method):
+            try:
+                rehearse(method, geometry, LAYER_UNIT_KINDS, options)
+            except ConfigError as error:
+                assert options == {"at": "linear"} and "gqa_group" in str(error)
+
+
+def test_a_rehearsal_of_a_large_model_takes_no_time() -> None:
+    """Made-up evidence is small, whatever the size of the layer: a matrix of the real size would not fit here."""
+    _, geometry, _ = calibrated("llama")
+    huge = {
+        kind: tuple(replace(axis, num_units=10**7, reader_width=axis.reader_width * 10**5) for axis in axes)
+        for kind, axes in geometry.axes.items()
+    }
+    for method in METHODS:
+        rehearse(method, replace(geometry, axes=huge), LAYER_UNIT_KINDS, {})
+
+
+def test_a_rehearsal_refuses_what_the_run_would_refuse() -> None:
+    """Options are checked, alone and together."""
+    _, geometry, _ = calibrated("llama")
+    with pytest.raises(ConfigError, match="option ridge of method obs should be"):
+        rehearse("obs", geometry, ["ffn_channel"], {"ridge": -1})
+    with pytest.raises(ConfigError, match="got step 4 without greedy: true"):
+        rehearse("obs", geometry, ["ffn_channel"], {"step": 4})
+
+
+def test_second_order_scores_are_those_of_the_sums_at_hand() -> None:
+    """The one-shot OBS score of a group, by hand from the model's own weight and the Gram matrix of that layer."""
+    model, geometry, statistics = calibrated("llama")
+    load = model.state_dict().get
+    scores = score_units("obs", statistics, geometry, ["gqa_group"], load_tensor=load, grams=grams("llama"))
+    gram = grams("llama").sums[1, "gqa_group"] / 50
+    inverse = torch.linalg.inv(gram + 0.01 * gram.diagonal().mean() * torch.eye(48).double())
+    weight = model.model.layers[1].self_attn.o_proj.weight.detach()[:, 16:32]
+    expected = torch.trace(weight @ torch.linalg.inv(inverse[16:32, 16:32]) @ weight.T)
+    torch.testing.assert_close(scores.values["gqa_group"][1][1], expected)
