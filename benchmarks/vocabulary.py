@@ -25,11 +25,11 @@ from secateur.store.checkpoints import load_model, load_tokenizer, resolve_model
 DOMAIN_TOKENS, GENERAL_TOKENS = 32_768, 8_192
 RULES: dict[str, dict[str, Any]] = {
     "count >= 1": {"vocabulary": {"min_count": 1}},
+    "14 % of all parameters": {"units": ["vocabulary"], "budget": {"parameters": 0.14}},
     "count >= 5": {"vocabulary": {"min_count": 5}},
     "count >= 20": {"vocabulary": {"min_count": 20}},
     "coverage 99.9 %": {"vocabulary": {"coverage": 0.999}},
     "coverage 99 %": {"vocabulary": {"coverage": 0.99}},
-    "14 % of all parameters": {"units": ["vocabulary"], "budget": {"parameters": 0.14}},
 }
 
 

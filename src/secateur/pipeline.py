@@ -13,7 +13,7 @@ from __future__ import annotations
 import importlib.metadata
 import platform
 import time
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Collection, Iterable, Mapping, Sequence
 from dataclasses import asdict, dataclass, field, replace
 from functools import cached_property
 from pathlib import Path
@@ -24,7 +24,7 @@ import torch
 from secateur.allocate import Request, make_plan, same_size_plan, with_constants
 from secateur.allocate.budget import parameters_after
 from secateur.allocate.vocabulary import size_for_budget
-from secateur.calibrate import collect
+from secateur.calibrate import collect, collect_grams, collect_with_grams
 from secateur.corpus import (
     PackedBlocks,
     check_sources,
@@ -33,16 +33,19 @@ from secateur.corpus import (
     segmentation_change,
     source_signature,
 )
+from secateur.corpus.split import Split
 from secateur.errors import CheckpointError, ConfigError
 from secateur.evaluate import evaluate_resegmented, evaluate_text, model_parameters
 from secateur.evaluate.footprint import memory_bytes
 from secateur.export import export_huggingface
 from secateur.export.model_card import read_front_matter, render_model_card
 from secateur.families.geometry import build_geometry
+from secateur.pipeline_grams import Reconstructor, summary, together
 from secateur.pipeline_vocabulary import VocabularyStage
 from secateur.progress import Progress, silent
 from secateur.recipe import Recipe
 from secateur.records.evaluation import Evaluation, ModelScore, TextScore, VocabularyEffect
+from secateur.records.gram import Grams, GramsInMemory
 from secateur.records.plan import Plan, VocabularyPlan
 from secateur.records.scores import Scores
 from secateur.records.statistics import BucketStatistics, merge_buckets
@@ -71,6 +74,7 @@ from secateur.store.checkpoints import (
     resolve_model,
     weight_bytes,
 )
+from secateur.store.gram_files import read_grams, write_grams
 from secateur.store.run_folder import RunFolder
 
 Stage = Literal["calibrate", "plan", "shrink", "evaluate"]
@@ -156,7 +160,7 @@ class _Job:
         self.progress = progress
         self.folder = RunFolder.open(Path(recipe.output).expanduser())
         self.result = RunResult(self.folder.path)
-        self._read: dict[str, PackedBlocks] = {}
+        self._read: dict[tuple[str, Split], PackedBlocks] = {}
 
     # -- what is asked, resolved ---------------------------------------------------------------------------------
 
@@ -235,6 +239,13 @@ class _Job:
         return list(asked) if asked else default
 
     @cached_property
+    def gram_kinds(self) -> list[str]:
+        """Unit kinds whose Gram matrices are needed, by the method or by the reconstruction."""
+        prune = self.recipe.prune
+        needed = prune.reconstruct != "none" or METHODS[prune.method].reads_grams(prune.options)
+        return self.layer_kinds if needed else []
+
+    @cached_property
     def request(self) -> Request:
         return Request.of(self.recipe.prune, bytes_per_parameter=float(self.checkpoint.dtype.itemsize))
 
@@ -282,6 +293,9 @@ class _Job:
         for name in self.calibration_buckets:
             if not self._is_calibrated(name):
                 _ = self._calibration_blocks(name)
+            for split in self._gram_splits(name):
+                if not self._has_grams(name, split):
+                    _ = self._split_blocks(name, split)
         if until == "evaluate" and not self._is_evaluated("dense", None):
             _ = self.test_blocks
 
@@ -290,6 +304,9 @@ class _Job:
     def calibrate(self) -> None:
         statistics = {name: self._calibrate_bucket(name) for name in self.calibration_buckets}
         self.result.statistics = statistics
+        for name in self.calibration_buckets:
+            for split in self._gram_splits(name):
+                self._take_grams(name, split)
 
     def _calibrate_bucket(self, name: str) -> BucketStatistics:
         stage, file = f"calibrate:{name}", self._statistics_file(name)
@@ -299,14 +316,19 @@ class _Job:
         self.folder.forget(stage)
         started = time.perf_counter()
         blocks = self._calibration_blocks(name)
-        statistics = collect(
-            self.dense,
-            blocks,
-            self.checkpoint.geometry,
-            batch_size=self.recipe.calibrate.batch_size,
-            progress=self.progress,
-            label=f"calibrate on {name}",
-        )
+        options: dict[str, Any] = {
+            "batch_size": self.recipe.calibrate.batch_size,
+            "progress": self.progress,
+            "label": f"calibrate on {name}",
+        }
+        if self._gram_splits(name):  # both in one pass
+            self.folder.forget(self._gram_stage(name, "calibration"))
+            statistics, grams = collect_with_grams(
+                self.dense, blocks, self.checkpoint.geometry, self.gram_kinds, **options
+            )
+            self._write_grams(name, "calibration", grams, started)
+        else:
+            statistics = collect(self.dense, blocks, self.checkpoint.geometry, **options)
         write_statistics(
             file,
             statistics,
@@ -333,21 +355,100 @@ class _Job:
         key = self._calibration_key(name)
         return self.folder.is_done(f"calibrate:{name}", key, file, file.with_suffix(".json"))
 
-    def _calibration_blocks(self, name: str) -> PackedBlocks:
-        if name not in self._read:
-            self._read[name] = self._blocks(name, "calibration")
-        return self._read[name]
+    # -- Gram matrices -------------------------------------------------------------------------------------------
 
-    def _blocks(self, name: str, split: Literal["calibration", "test"]) -> PackedBlocks:
-        exclude = self._calibrated_documents() if split == "test" else frozenset()
-        tokens = self.recipe.calibrate.max_tokens if split == "calibration" else self.recipe.evaluate.max_tokens
+    def _gram_splits(self, name: str) -> list[Split]:
+        """Return the splits of a bucket whose Gram matrices are needed: validation text only to judge ridges."""
+        if not self.gram_kinds or name not in self.pruning_buckets:
+            return []
+        return ["calibration"] if self.recipe.prune.reconstruct == "none" else ["calibration", "validation"]
+
+    def _gram_stage(self, name: str, split: Split) -> str:
+        return f"gram:{name}:{split}"
+
+    def _gram_file(self, name: str, split: Split) -> Path:
+        return self.folder.path / "statistics" / f"{name}.{split}.gram.safetensors"
+
+    def _gram_key(self, name: str) -> str:
+        return digest(self._calibration_key(name), self.gram_kinds)
+
+    def _has_grams(self, name: str, split: Split) -> bool:
+        file = self._gram_file(name, split)
+        return self.folder.is_done(self._gram_stage(name, split), self._gram_key(name), file, file.with_suffix(".json"))
+
+    def _take_grams(self, name: str, split: Split) -> None:
+        stage = self._gram_stage(name, split)
+        if self._has_grams(name, split):
+            if f"calibrate:{name}" in self.result.reused:
+                self.result.reused.append(stage)
+            return
+        self.folder.forget(stage)
+        started = time.perf_counter()
+        grams = collect_grams(
+            self.dense,
+            self._split_blocks(name, split),
+            self.checkpoint.geometry,
+            self.gram_kinds,
+            batch_size=self.recipe.calibrate.batch_size,
+            progress=self.progress,
+            label=f"Gram matrices of {name} ({split})",
+        )
+        self._write_grams(name, split, grams, started)
+
+    def _write_grams(self, name: str, split: Split, grams: GramsInMemory, started: float) -> None:
+        write_grams(
+            self._gram_file(name, split),
+            grams,
+            sorted(grams.sums),
+            {"bucket": name, "split": split, "model_fingerprint": self.model_fingerprint},
+        )
+        self.folder.finish(self._gram_stage(name, split), self._gram_key(name), started, tokens=grams.count)
+
+    def _grams(self, split: Split) -> Grams | None:
+        """Return the Gram matrices of the pruning buckets together, or None where none are needed."""
+        if not self.gram_kinds:
+            return None
+        return together(read_grams(self._gram_file(name, split))[0] for name in self.pruning_buckets)
+
+    def _reconstructor(self) -> Reconstructor | None:
+        if self.recipe.prune.reconstruct == "none":
+            return None
+        fitted, held_out = self._grams("calibration"), self._grams("validation")
+        assert fitted is not None and held_out is not None, "reconstruction needs Gram matrices"
+        return Reconstructor(fitted, held_out)
+
+    # -- text ----------------------------------------------------------------------------------------------------
+
+    def _calibration_blocks(self, name: str) -> PackedBlocks:
+        return self._split_blocks(name, "calibration")
+
+    def _split_blocks(self, name: str, split: Split) -> PackedBlocks:
+        if (name, split) not in self._read:
+            self._read[name, split] = self._blocks(name, split)
+        return self._read[name, split]
+
+    def _max_tokens(self, split: Split) -> int | None:
+        """Return how many tokens of a split are taken; a quarter of the calibration's to judge a fit."""
+        calibrate = self.recipe.calibrate
+        if split == "test":
+            return self.recipe.evaluate.max_tokens
+        if split == "calibration" or calibrate.max_tokens is None:
+            return calibrate.max_tokens
+        return max(calibrate.block_size, calibrate.max_tokens // 4)
+
+    def _blocks(self, name: str, split: Split) -> PackedBlocks:
+        exclude: Collection[int] = frozenset()
+        if split == "test":
+            exclude = self._calibrated_documents()
+        elif split == "validation":
+            exclude = self._calibration_documents(name)
         with self.progress(f"read {name} text ({split})", None, "") as task:
             blocks = load_split(
                 self.recipe.buckets()[name],
                 split,
                 self.tokenizer,
                 block_size=self.recipe.calibrate.block_size,
-                max_tokens=tokens,
+                max_tokens=self._max_tokens(split),
                 exclude=exclude,
                 name=name,
                 keep_text=split == "test" and self.vocabulary is not None,
@@ -372,13 +473,15 @@ class _Job:
         if self.vocabulary is not None:
             seen.update(h for counts in self.vocabulary.counts.values() for h in counts.documents.tolist())
         for name in self.calibration_buckets:
-            if name in self.result.statistics:
-                seen.update(self.result.statistics[name].documents.tolist())
-            elif self._is_calibrated(name):
-                seen.update(read_statistics(self._statistics_file(name))[0].documents.tolist())
-            else:
-                seen.update(self._calibration_blocks(name).documents.tolist())
+            seen.update(self._calibration_documents(name))
         return frozenset(seen)
+
+    def _calibration_documents(self, name: str) -> Collection[int]:
+        if name in self.result.statistics:
+            return set(self.result.statistics[name].documents.tolist())
+        if self._is_calibrated(name):
+            return set(read_statistics(self._statistics_file(name))[0].documents.tolist())
+        return set(self._calibration_blocks(name).documents.tolist())
 
     def _merged(self) -> BucketStatistics:
         first, *rest = (self.result.statistics[name] for name in self.pruning_buckets)
@@ -397,6 +500,7 @@ class _Job:
             seed=seed,
             buckets=self.pruning_buckets,
             inputs_fingerprint=self.model_fingerprint,
+            grams=self._grams("calibration"),
         )
 
     def plan(self) -> None:
@@ -459,7 +563,7 @@ class _Job:
     def shrink(self) -> None:
         plan = self._required_plan()
         folder = self.folder.path / "model"
-        key = digest(self.model_fingerprint, plan.to_dict(), str(self.checkpoint.dtype))
+        key = digest(self.model_fingerprint, plan.to_dict(), str(self.checkpoint.dtype), self._reconstruction_key())
         self.result.model_folder = folder
         if self.folder.is_done("shrink", key, folder / "config.json"):
             self.result.reused.append("shrink")
@@ -467,7 +571,8 @@ class _Job:
         started = time.perf_counter()
         self.folder.forget("shrink")
         tokenizer = self._tokenizer_of(plan)
-        pruned = self._pruned(plan, self.checkpoint.dtype)
+        reconstructor = self._reconstructor()
+        pruned = self._pruned(plan, self.checkpoint.dtype, reconstructor)
         with self.progress("save and reload", None, "") as task:
             difference = export_huggingface(
                 pruned,
@@ -484,18 +589,28 @@ class _Job:
             task.advance(1)
         files = [str(file.relative_to(self.folder.path)) for file in sorted(folder.iterdir())]
         saved = fingerprint(resolve_model(str(folder)))
-        self.folder.finish("shrink", key, started, reload_difference=difference, files=files, model_fingerprint=saved)
+        facts: dict[str, Any] = {"reload_difference": difference, "files": files, "model_fingerprint": saved}
+        if reconstructor is not None:
+            facts["reconstruction"] = dict(summary(reconstructor.reports))
+        self.folder.finish("shrink", key, started, **facts)
         self._write_card(())
 
     def _required_plan(self) -> Plan:
         assert self.result.plan is not None, "plan() comes first"
         return self.result.plan
 
-    def _pruned(self, plan: Plan, dtype: torch.dtype | None = None) -> Any:
+    def _reconstruction_key(self) -> list[str]:
+        if self.recipe.prune.reconstruct == "none":
+            return []
+        return [self.recipe.prune.reconstruct, *(self._gram_key(name) for name in self.pruning_buckets)]
+
+    def _pruned(self, plan: Plan, dtype: torch.dtype | None = None, reconstructor: Reconstructor | None = None) -> Any:
         """Return the pruned model; only parameters take ``dtype``, rotary tables stay as precise as they were."""
         geometry = self.checkpoint.geometry
         config = shrink_config(self.checkpoint.config, plan, geometry)
-        parameters = shrink_parameters(self.dense.state_dict().items(), plan, geometry)
+        with self.progress("shrink", None, "") as task:
+            parameters = list(shrink_parameters(self.dense.state_dict().items(), plan, geometry, reconstructor))
+            task.advance(1)
         return build_model(
             config,
             ((name, tensor.to(dtype or tensor.dtype)) for name, tensor in parameters),
@@ -587,7 +702,9 @@ class _Job:
         options = self.recipe.evaluate.model_dump(exclude={"controls", "batch_size"})
         calibration = self.recipe.calibrate.model_dump(exclude={"batch_size"})
         text = [self.model_fingerprint, self.source_keys, options, calibration, self.recipe.dtype]
-        cut = [] if name == "dense" or plan is None else [plan.to_dict(), self.recipe.prune.model_dump()]
+        cut: list[Any] = []
+        if name != "dense" and plan is not None:
+            cut = [plan.to_dict(), self.recipe.prune.model_dump(), self._reconstruction_key()]
         return digest(text, cut, sorted(self._calibrated_documents()))
 
     def _evaluate_model(self, name: str, plan: Plan) -> ModelScore:
@@ -600,7 +717,7 @@ class _Job:
             tokenizer = self.tokenizer if plan.vocabulary is None else load_tokenizer(saved)
             return self._measure(name, model, weight_bytes(self.result.model_folder), tokenizer)
         control = self._control_plan(name, plan)
-        model = self._pruned(control)
+        model = self._pruned(control, None, self._reconstructor())
         size = memory_bytes(model) // model.dtype.itemsize * self.checkpoint.dtype.itemsize
         return self._measure(name, model, size, self._tokenizer_of(control))
 

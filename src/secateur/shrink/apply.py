@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections import defaultdict
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from typing import Any
 
 import torch
@@ -65,8 +65,21 @@ def _check_constants(axis: UnitAxis, layer: LayerPlan) -> None:
             )
 
 
+Reconstruct = Callable[[UnitAxis, Sequence[int], Tensor], Tensor]
+"""(axis, kept input channels, dense weight as out x channels) -> weight of the kept channels, out x kept."""
+
+
+def kept_channels(axis: UnitAxis, units: Sequence[int]) -> list[int]:
+    """Return the input channels of an axis's reader that belong to the given units."""
+    width = axis.reader_width
+    return [unit * width + channel for unit in units for channel in range(width)]
+
+
 def shrink_parameters(
-    parameters: Iterable[tuple[str, Tensor]], plan: Plan, geometry: Geometry
+    parameters: Iterable[tuple[str, Tensor]],
+    plan: Plan,
+    geometry: Geometry,
+    reconstruct: Reconstruct | None = None,
 ) -> Iterator[tuple[str, Tensor]]:
     """Yield every parameter under its own name, with the rows and columns of removed units and token ids gone.
 
@@ -77,12 +90,15 @@ def shrink_parameters(
         parameters: (name, tensor) pairs of the dense model.
         plan: made for this model.
         geometry: of this model.
+        reconstruct: gives the weight of a projection that reads removed channels, out of the dense one; None keeps the
+            columns of the kept channels as they are.
 
     Raises:
         PlanError: the plan does not fit the model; see also ``check_plan``.
     """
     check_plan(plan, geometry)
     cuts, constants = _cuts(plan, geometry)
+    readers = _readers(plan, geometry) if reconstruct is not None else {}
     shifts: dict[str, tuple[Tensor, list[float]]] = {}
     rows_first = geometry.family.weight_layout == "out_in"
     tokens = None if plan.vocabulary is None else torch.tensor(plan.vocabulary.keep)
@@ -98,9 +114,24 @@ def shrink_parameters(
             tensor = fold_constants(tensor, *shifts.pop(module))
         if tokens is not None and module in geometry.family.vocabulary:
             tensor = tensor.index_select(0, tokens.to(tensor.device))
-        yield name, _slice(tensor, leaf, module, cuts, rows_first)
+        if reconstruct is not None and leaf == "weight" and module in readers:
+            axis, keep = readers[module]
+            matrix = reconstruct(axis, keep, tensor if rows_first else tensor.T)
+            yield name, (matrix if rows_first else matrix.T).contiguous()
+        else:
+            yield name, _slice(tensor, leaf, module, cuts, rows_first)
     if shifts:
         raise PlanError(f"{min(shifts)} has no bias that could take its removed constants over. Plan again.")
+
+
+def _readers(plan: Plan, geometry: Geometry) -> dict[str, tuple[UnitAxis, list[int]]]:
+    """Return the projections that read removed channels, by module, with the channels that stay."""
+    return {
+        axis.reader: (axis, kept_channels(axis, layer.keep))
+        for kind, layers in plan.layers.items()
+        for axis, layer in zip(geometry.axes[kind], layers, strict=True)
+        if layer.num_removed
+    }
 
 
 def _cuts(plan: Plan, geometry: Geometry) -> tuple[_Cuts, dict[str, list[tuple[int, float]]]]:
