@@ -41,6 +41,7 @@ from secateur.export import export_huggingface
 from secateur.export.model_card import read_front_matter, render_model_card
 from secateur.families.geometry import build_geometry
 from secateur.pipeline_grams import Reconstructor, summary, together
+from secateur.pipeline_streams import FittedWeights, fit_on_pruned_stream
 from secateur.pipeline_vocabulary import VocabularyStage
 from secateur.progress import Progress, silent
 from secateur.recipe import Recipe
@@ -54,6 +55,7 @@ from secateur.report.markdown import render_report
 from secateur.report.tables import evidence_table, parts_table, result_table, verdict
 from secateur.score import METHODS, rehearse, score_units
 from secateur.shrink import check_plan, shrink_config, shrink_generation_config, shrink_parameters
+from secateur.shrink.apply import Reconstruct
 from secateur.store.artifacts import (
     digest,
     read_json,
@@ -76,6 +78,7 @@ from secateur.store.checkpoints import (
 )
 from secateur.store.gram_files import read_grams, write_grams
 from secateur.store.run_folder import RunFolder
+from secateur.stream.sources import LoadedLayers
 
 Stage = Literal["calibrate", "plan", "shrink", "evaluate"]
 STAGES: tuple[Stage, ...] = ("calibrate", "plan", "shrink", "evaluate")
@@ -242,7 +245,7 @@ class _Job:
     def gram_kinds(self) -> list[str]:
         """Unit kinds whose Gram matrices are needed, by the method or by the reconstruction."""
         prune = self.recipe.prune
-        needed = prune.reconstruct != "none" or METHODS[prune.method].reads_grams(prune.options)
+        needed = prune.reconstruct == "dense" or METHODS[prune.method].reads_grams(prune.options)
         return self.layer_kinds if needed else []
 
     @cached_property
@@ -296,6 +299,8 @@ class _Job:
             for split in self._gram_splits(name):
                 if not self._has_grams(name, split):
                     _ = self._split_blocks(name, split)
+            if self.recipe.prune.reconstruct == "pruned" and name in self.pruning_buckets and until != "calibrate":
+                _ = self._split_blocks(name, "validation")
         if until == "evaluate" and not self._is_evaluated("dense", None):
             _ = self.test_blocks
 
@@ -361,7 +366,7 @@ class _Job:
         """Return the splits of a bucket whose Gram matrices are needed: validation text only to judge ridges."""
         if not self.gram_kinds or name not in self.pruning_buckets:
             return []
-        return ["calibration"] if self.recipe.prune.reconstruct == "none" else ["calibration", "validation"]
+        return ["calibration", "validation"] if self.recipe.prune.reconstruct == "dense" else ["calibration"]
 
     def _gram_stage(self, name: str, split: Split) -> str:
         return f"gram:{name}:{split}"
@@ -410,9 +415,23 @@ class _Job:
             return None
         return together(read_grams(self._gram_file(name, split))[0] for name in self.pruning_buckets)
 
-    def _reconstructor(self) -> Reconstructor | None:
-        if self.recipe.prune.reconstruct == "none":
+    def _reconstructor(self, plan: Plan) -> Reconstructor | FittedWeights | None:
+        """Return what gives the weights of projections that lose channels; None keeps their columns as they are."""
+        if self.recipe.prune.reconstruct == "none" or not plan.layers:
             return None
+        if self.recipe.prune.reconstruct == "pruned":
+            texts: dict[Split, list[PackedBlocks]] = {
+                split: [self._split_blocks(name, split) for name in self.pruning_buckets]
+                for split in ("calibration", "validation")
+            }
+            return fit_on_pruned_stream(
+                LoadedLayers(self.dense, self.checkpoint.geometry),
+                plan,
+                texts["calibration"],
+                texts["validation"],
+                batch_size=self.recipe.calibrate.batch_size,
+                progress=self.progress,
+            )
         fitted, held_out = self._grams("calibration"), self._grams("validation")
         assert fitted is not None and held_out is not None, "reconstruction needs Gram matrices"
         return Reconstructor(fitted, held_out)
@@ -571,7 +590,7 @@ class _Job:
         started = time.perf_counter()
         self.folder.forget("shrink")
         tokenizer = self._tokenizer_of(plan)
-        reconstructor = self._reconstructor()
+        reconstructor = self._reconstructor(plan)
         pruned = self._pruned(plan, self.checkpoint.dtype, reconstructor)
         with self.progress("save and reload", None, "") as task:
             difference = export_huggingface(
@@ -604,12 +623,12 @@ class _Job:
             return []
         return [self.recipe.prune.reconstruct, *(self._gram_key(name) for name in self.pruning_buckets)]
 
-    def _pruned(self, plan: Plan, dtype: torch.dtype | None = None, reconstructor: Reconstructor | None = None) -> Any:
+    def _pruned(self, plan: Plan, dtype: torch.dtype | None = None, reconstruct: Reconstruct | None = None) -> Any:
         """Return the pruned model; only parameters take ``dtype``, rotary tables stay as precise as they were."""
         geometry = self.checkpoint.geometry
         config = shrink_config(self.checkpoint.config, plan, geometry)
         with self.progress("shrink", None, "") as task:
-            parameters = list(shrink_parameters(self.dense.state_dict().items(), plan, geometry, reconstructor))
+            parameters = list(shrink_parameters(self.dense.state_dict().items(), plan, geometry, reconstruct))
             task.advance(1)
         return build_model(
             config,
@@ -717,7 +736,7 @@ class _Job:
             tokenizer = self.tokenizer if plan.vocabulary is None else load_tokenizer(saved)
             return self._measure(name, model, weight_bytes(self.result.model_folder), tokenizer)
         control = self._control_plan(name, plan)
-        model = self._pruned(control, None, self._reconstructor())
+        model = self._pruned(control, None, self._reconstructor(control))
         size = memory_bytes(model) // model.dtype.itemsize * self.checkpoint.dtype.itemsize
         return self._measure(name, model, size, self._tokenizer_of(control))
 

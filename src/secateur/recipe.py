@@ -189,7 +189,7 @@ class PruneSpec(_Record):
     min_keep_ratio: Ratio = 0.1
     multiple_of: Annotated[int, Field(ge=1)] | Literal["auto"] = "auto"
     normalize: Literal["layer", "none"] = "layer"
-    reconstruct: Literal["none", "dense"] = "none"
+    reconstruct: Literal["none", "dense", "pruned"] = "none"
     buckets: Annotated[list[str], Field(min_length=1)] | None = None
     seed: int = 0
 

@@ -8,7 +8,9 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import torch
 from safetensors.torch import load_file
+from transformers import AutoModelForCausalLM, AutoTokenizer
 
 import secateur
 from secateur.errors import CorpusError
@@ -84,3 +86,44 @@ def test_text_without_a_validation_part_is_refused_at_once(pico: Pico, tmp_path:
     with pytest.raises(CorpusError, match=r"none for validation. Add validation:"):
         secateur.run(recipe)
     assert not (tmp_path / "run").exists()
+
+
+def test_fitting_on_the_pruned_stream_repairs_what_layers_before_lost(pico: Pico, tmp_path: Path) -> None:
+    """Hidden states come nearer to the dense model's than with fits that do not know of each other."""
+    prune = {"budget": {"channels": 0.5, "groups": 0.5}}
+    distances = {}
+    for how in ("none", "dense", "pruned"):
+        result = secateur.run(pico.recipe(tmp_path / how, prune={**prune, "reconstruct": how}))
+        assert result.evaluation is not None
+        distances[how] = _distance(pico.model, tmp_path / how / "model")
+        found = stages(tmp_path / how)["shrink"].get("reconstruction")
+        assert (found is None) == (how == "none")
+        if found is not None:
+            assert found["projections"] == 4
+    assert distances["pruned"] < distances["dense"] < distances["none"]
+
+
+def _distance(dense: Path, pruned: Path) -> float:
+    """Return the mean squared difference of the last hidden states on text that neither saw."""
+    tokenizer = AutoTokenizer.from_pretrained(dense)
+    models = [AutoModelForCausalLM.from_pretrained(folder).model.eval() for folder in (dense, pruned)]
+    text = [f"{record['question']} {record['answer']}" for record in medical_records(40, seed=9)]
+    total, count = 0.0, 0
+    for line in text:
+        ids = torch.tensor([tokenizer(line)["input_ids"]])
+        with torch.inference_mode():
+            first, second = (model(ids).last_hidden_state for model in models)
+        total, count = total + float((first - second).square().sum()), count + first.numel()
+    return total / count
+
+
+def test_the_pruned_stream_ends_where_the_pruned_model_does(pico: Pico, tmp_path: Path) -> None:
+    """Deleting the model folder and cutting again gives the same bytes, and the dense model is left alone."""
+    recipe = pico.recipe(tmp_path / "run", prune={"budget": {"channels": 0.5}, "reconstruct": "pruned"})
+    secateur.run(recipe, until="shrink")
+    file = tmp_path / "run" / "model" / "model.safetensors"
+    before = file.read_bytes()
+    shutil.rmtree(tmp_path / "run" / "model")
+    result = secateur.run(recipe, until="shrink")
+    assert result.reused == ["calibrate:medical", "calibrate:general", "plan"]
+    assert file.read_bytes() == before

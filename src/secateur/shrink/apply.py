@@ -116,7 +116,9 @@ def shrink_parameters(
             tensor = tensor.index_select(0, tokens.to(tensor.device))
         if reconstruct is not None and leaf == "weight" and module in readers:
             axis, keep = readers[module]
-            matrix = reconstruct(axis, keep, tensor if rows_first else tensor.T)
+            dense = (tensor if rows_first else tensor.T).clone()
+            dense[:, [channel for channel, _ in constants.get(module, ())]] = 0.0  # their share is in the bias now
+            matrix = reconstruct(axis, keep, dense)
             yield name, (matrix if rows_first else matrix.T).contiguous()
         else:
             yield name, _slice(tensor, leaf, module, cuts, rows_first)
