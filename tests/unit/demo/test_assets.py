@@ -87,7 +87,7 @@ def test_without_a_network_the_first_small_file_already_says_so(cache: Path) -> 
 
 
 def test_the_recipe_is_the_main_job_on_these_files(filled: Path, tmp_path: Path) -> None:
-    """A tenth of the channels by contextual scores, and rare token ids, against a random control."""
+    """A tenth of the channels with reconstruction, and rare token ids, against a random control."""
     inputs = prepare(filled, pip=FakePip())
     recipe = demo_recipe(inputs, tmp_path / "run")
     assert recipe.model == str(inputs.model)
@@ -95,7 +95,8 @@ def test_the_recipe_is_the_main_job_on_these_files(filled: Path, tmp_path: Path)
         "medical": str(inputs.medical),
         "general": str(inputs.general),
     }
-    assert recipe.prune.method == "contextual"
+    assert (recipe.prune.method, recipe.prune.reconstruct) == ("activation_norm", "dense")
+    assert recipe.calibrate.buckets == ["medical"]
     assert recipe.prune.budget is not None and recipe.prune.budget.channels == 0.10
     assert recipe.prune.vocabulary is not None and recipe.prune.vocabulary.rule() == {"min_count": 2}
     assert recipe.prune.layer_kinds() == ["ffn_channel"]
