@@ -29,6 +29,7 @@ TEST_DOCUMENTS, TEST_CHARACTERS = 300, 1500
 def windows(tokenizer: Any, texts: list[str], keep: set[int], count: int) -> list[str]:
     """Return pieces of text around one token each that does not stay."""
     draw, found = random.Random(5), []
+    draw.shuffle(texts)
     for text in texts:
         encoded = tokenizer(text, add_special_tokens=False, return_offsets_mapping=True, verbose=False)
         ids, places = encoded["input_ids"], encoded["offset_mapping"]
@@ -88,7 +89,9 @@ def main() -> None:
     assert plan.vocabulary is not None
     keep = plan.vocabulary.keep
     texts = windows(dense_tokenizer, list(read_documents(corpus, "calibration")), set(keep), STEPS * BATCH)
-    tests = [text[:TEST_CHARACTERS] for text in list(read_documents(corpus, "test"))[:TEST_DOCUMENTS]]
+    tests = list(read_documents(corpus, "test"))
+    random.Random(1).shuffle(tests)
+    tests = [text[:TEST_CHARACTERS] for text in tests[:TEST_DOCUMENTS]]
     dense = model.get_input_embeddings().weight.detach()
     models = {
         "dense": (dense, dense_tokenizer),

@@ -40,13 +40,13 @@ from secateur.evaluate.footprint import memory_bytes
 from secateur.export import export_huggingface
 from secateur.export.model_card import read_front_matter, render_model_card
 from secateur.families.geometry import build_geometry
-from secateur.pipeline_grams import Reconstructor, summary, together
+from secateur.pipeline_grams import GramStage, Reconstructor, summary
 from secateur.pipeline_streams import FittedWeights, fit_on_pruned_stream
 from secateur.pipeline_vocabulary import VocabularyStage
 from secateur.progress import Progress, silent
 from secateur.recipe import Recipe
 from secateur.records.evaluation import Evaluation, ModelScore, TextScore, VocabularyEffect
-from secateur.records.gram import Grams, GramsInMemory
+from secateur.records.gram import GramsInMemory
 from secateur.records.plan import Plan, VocabularyPlan
 from secateur.records.scores import Scores
 from secateur.records.statistics import BucketStatistics, merge_buckets
@@ -76,7 +76,6 @@ from secateur.store.checkpoints import (
     resolve_model,
     weight_bytes,
 )
-from secateur.store.gram_files import read_grams, write_grams
 from secateur.store.run_folder import RunFolder
 from secateur.stream.sources import LoadedLayers
 
@@ -242,11 +241,30 @@ class _Job:
         return list(asked) if asked else default
 
     @cached_property
-    def gram_kinds(self) -> list[str]:
-        """Unit kinds whose Gram matrices are needed, by the method or by the reconstruction."""
+    def grams(self) -> GramStage:
+        """The Gram matrices' part of the run; it does nothing where neither method nor reconstruction needs them."""
         prune = self.recipe.prune
         needed = prune.reconstruct == "dense" or METHODS[prune.method].reads_grams(prune.options)
-        return self.layer_kinds if needed else []
+        return GramStage(
+            kinds=self.layer_kinds if needed else [],
+            buckets=self.pruning_buckets,
+            judged=prune.reconstruct == "dense",
+            folder=self.folder,
+            facts={"model_fingerprint": self.model_fingerprint},
+            key=self._calibration_key,
+            collect=self._collect_grams,
+        )
+
+    def _collect_grams(self, name: str, split: Split) -> GramsInMemory:
+        return collect_grams(
+            self.dense,
+            self._split_blocks(name, split),
+            self.checkpoint.geometry,
+            self.grams.kinds,
+            batch_size=self.recipe.calibrate.batch_size,
+            progress=self.progress,
+            label=f"Gram matrices of {name} ({split})",
+        )
 
     @cached_property
     def request(self) -> Request:
@@ -296,9 +314,8 @@ class _Job:
         for name in self.calibration_buckets:
             if not self._is_calibrated(name):
                 _ = self._calibration_blocks(name)
-            for split in self._gram_splits(name):
-                if not self._has_grams(name, split):
-                    _ = self._split_blocks(name, split)
+            for split in self.grams.missing(name):
+                _ = self._split_blocks(name, split)
             if self.recipe.prune.reconstruct == "pruned" and name in self.pruning_buckets and until != "calibrate":
                 _ = self._split_blocks(name, "validation")
         if until == "evaluate" and not self._is_evaluated("dense", None):
@@ -310,8 +327,8 @@ class _Job:
         statistics = {name: self._calibrate_bucket(name) for name in self.calibration_buckets}
         self.result.statistics = statistics
         for name in self.calibration_buckets:
-            for split in self._gram_splits(name):
-                self._take_grams(name, split)
+            calibrated_now = f"calibrate:{name}" not in self.result.reused
+            self.result.reused += self.grams.take(name)[calibrated_now:]  # the first came with the calibration
 
     def _calibrate_bucket(self, name: str) -> BucketStatistics:
         stage, file = f"calibrate:{name}", self._statistics_file(name)
@@ -326,12 +343,11 @@ class _Job:
             "progress": self.progress,
             "label": f"calibrate on {name}",
         }
-        if self._gram_splits(name):  # both in one pass
-            self.folder.forget(self._gram_stage(name, "calibration"))
+        if self.grams.splits(name):  # both in one pass
             statistics, grams = collect_with_grams(
-                self.dense, blocks, self.checkpoint.geometry, self.gram_kinds, **options
+                self.dense, blocks, self.checkpoint.geometry, self.grams.kinds, **options
             )
-            self._write_grams(name, "calibration", grams, started)
+            self.grams.write(name, "calibration", grams, started)
         else:
             statistics = collect(self.dense, blocks, self.checkpoint.geometry, **options)
         write_statistics(
@@ -360,61 +376,6 @@ class _Job:
         key = self._calibration_key(name)
         return self.folder.is_done(f"calibrate:{name}", key, file, file.with_suffix(".json"))
 
-    # -- Gram matrices -------------------------------------------------------------------------------------------
-
-    def _gram_splits(self, name: str) -> list[Split]:
-        """Return the splits of a bucket whose Gram matrices are needed: validation text only to judge ridges."""
-        if not self.gram_kinds or name not in self.pruning_buckets:
-            return []
-        return ["calibration", "validation"] if self.recipe.prune.reconstruct == "dense" else ["calibration"]
-
-    def _gram_stage(self, name: str, split: Split) -> str:
-        return f"gram:{name}:{split}"
-
-    def _gram_file(self, name: str, split: Split) -> Path:
-        return self.folder.path / "statistics" / f"{name}.{split}.gram.safetensors"
-
-    def _gram_key(self, name: str) -> str:
-        return digest(self._calibration_key(name), self.gram_kinds)
-
-    def _has_grams(self, name: str, split: Split) -> bool:
-        file = self._gram_file(name, split)
-        return self.folder.is_done(self._gram_stage(name, split), self._gram_key(name), file, file.with_suffix(".json"))
-
-    def _take_grams(self, name: str, split: Split) -> None:
-        stage = self._gram_stage(name, split)
-        if self._has_grams(name, split):
-            if f"calibrate:{name}" in self.result.reused:
-                self.result.reused.append(stage)
-            return
-        self.folder.forget(stage)
-        started = time.perf_counter()
-        grams = collect_grams(
-            self.dense,
-            self._split_blocks(name, split),
-            self.checkpoint.geometry,
-            self.gram_kinds,
-            batch_size=self.recipe.calibrate.batch_size,
-            progress=self.progress,
-            label=f"Gram matrices of {name} ({split})",
-        )
-        self._write_grams(name, split, grams, started)
-
-    def _write_grams(self, name: str, split: Split, grams: GramsInMemory, started: float) -> None:
-        write_grams(
-            self._gram_file(name, split),
-            grams,
-            sorted(grams.sums),
-            {"bucket": name, "split": split, "model_fingerprint": self.model_fingerprint},
-        )
-        self.folder.finish(self._gram_stage(name, split), self._gram_key(name), started, tokens=grams.count)
-
-    def _grams(self, split: Split) -> Grams | None:
-        """Return the Gram matrices of the pruning buckets together, or None where none are needed."""
-        if not self.gram_kinds:
-            return None
-        return together(read_grams(self._gram_file(name, split))[0] for name in self.pruning_buckets)
-
     def _reconstructor(self, plan: Plan) -> Reconstructor | FittedWeights | None:
         """Return what gives the weights of projections that lose channels; None keeps their columns as they are."""
         if self.recipe.prune.reconstruct == "none" or not plan.layers:
@@ -432,9 +393,7 @@ class _Job:
                 batch_size=self.recipe.calibrate.batch_size,
                 progress=self.progress,
             )
-        fitted, held_out = self._grams("calibration"), self._grams("validation")
-        assert fitted is not None and held_out is not None, "reconstruction needs Gram matrices"
-        return Reconstructor(fitted, held_out)
+        return self.grams.reconstructor()
 
     # -- text ----------------------------------------------------------------------------------------------------
 
@@ -519,7 +478,7 @@ class _Job:
             seed=seed,
             buckets=self.pruning_buckets,
             inputs_fingerprint=self.model_fingerprint,
-            grams=self._grams("calibration"),
+            grams=self.grams.load("calibration"),
         )
 
     def plan(self) -> None:
@@ -621,7 +580,7 @@ class _Job:
     def _reconstruction_key(self) -> list[str]:
         if self.recipe.prune.reconstruct == "none":
             return []
-        return [self.recipe.prune.reconstruct, *(self._gram_key(name) for name in self.pruning_buckets)]
+        return [self.recipe.prune.reconstruct, *(self._calibration_key(name) for name in self.pruning_buckets)]
 
     def _pruned(self, plan: Plan, dtype: torch.dtype | None = None, reconstruct: Reconstruct | None = None) -> Any:
         """Return the pruned model; only parameters take ``dtype``, rotary tables stay as precise as they were."""

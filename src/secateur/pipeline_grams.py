@@ -6,15 +6,96 @@ ridge holds on text that was not fitted.
 
 from __future__ import annotations
 
+import time
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
 
 import torch
 from torch import Tensor
 
+from secateur.corpus.split import Split
 from secateur.families.geometry import UnitAxis
-from secateur.records.gram import Grams, MixedGrams
+from secateur.records.gram import Grams, GramsInMemory, MixedGrams
 from secateur.shrink.reconstruct import choose_reconstruction, reconstruct
+from secateur.store.artifacts import digest
+from secateur.store.gram_files import read_grams, write_grams
+from secateur.store.run_folder import RunFolder
+
+
+@dataclass(frozen=True, slots=True)
+class GramStage:
+    """Takes and keeps the Gram matrices of one run, each once.
+
+    Attributes:
+        kinds: unit kinds whose matrices are needed; empty where none are.
+        buckets: names of the texts.
+        judged: whether those of validation text are needed too.
+        folder: the run's folder.
+        facts: what to record beside every file.
+        key: hash of what a bucket's calibration depends on, by name.
+        collect: runs a split of a bucket through the dense model.
+    """
+
+    kinds: Sequence[str]
+    buckets: Sequence[str]
+    judged: bool
+    folder: RunFolder
+    facts: Mapping[str, Any]
+    key: Callable[[str], str]
+    collect: Callable[[str, Split], GramsInMemory]
+
+    def splits(self, name: str) -> list[Split]:
+        """Return the splits of a bucket whose matrices are needed."""
+        if not self.kinds or name not in self.buckets:
+            return []
+        return ["calibration", "validation"] if self.judged else ["calibration"]
+
+    def missing(self, name: str) -> list[Split]:
+        """Return the splits of a bucket whose matrices are still to be taken."""
+        return [split for split in self.splits(name) if not self._is_done(name, split)]
+
+    def take(self, name: str) -> list[str]:
+        """Take what is missing of a bucket; return the stages that were there already."""
+        reused = [self._stage(name, split) for split in self.splits(name) if self._is_done(name, split)]
+        for split in self.missing(name):
+            self.folder.forget(self._stage(name, split))
+            started = time.perf_counter()
+            self.write(name, split, self.collect(name, split), started)
+        return reused
+
+    def write(self, name: str, split: Split, grams: GramsInMemory, started: float) -> None:
+        """Keep the matrices of a split; ``started`` is when the work on them began."""
+        self.folder.forget(self._stage(name, split))
+        facts = {"bucket": name, "split": split, **self.facts}
+        write_grams(self._file(name, split), grams, sorted(grams.sums), facts)
+        self.folder.finish(self._stage(name, split), self._key(name), started, tokens=grams.count)
+
+    def load(self, split: Split) -> Grams | None:
+        """Return the matrices of all buckets together, still on disk; None where none are needed."""
+        if not self.kinds:
+            return None
+        return together(read_grams(self._file(name, split))[0] for name in self.buckets)
+
+    def reconstructor(self) -> Reconstructor:
+        """Return what fits on calibration text and is judged on validation text."""
+        fitted, held_out = self.load("calibration"), self.load("validation")
+        assert fitted is not None and held_out is not None, "reconstruction needs Gram matrices"
+        return Reconstructor(fitted, held_out)
+
+    def _stage(self, name: str, split: Split) -> str:
+        return f"gram:{name}:{split}"
+
+    def _file(self, name: str, split: Split) -> Path:
+        return self.folder.path / "statistics" / f"{name}.{split}.gram.safetensors"
+
+    def _key(self, name: str) -> str:
+        return digest(self.key(name), list(self.kinds))
+
+    def _is_done(self, name: str, split: Split) -> bool:
+        file = self._file(name, split)
+        return self.folder.is_done(self._stage(name, split), self._key(name), file, file.with_suffix(".json"))
 
 
 @dataclass(frozen=True, slots=True)
