@@ -8,6 +8,7 @@ from itertools import accumulate, pairwise
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from tokenizers import Tokenizer, models, pre_tokenizers, processors
 from transformers import PreTrainedTokenizerFast
 from transformers.convert_slow_tokenizer import bytes_to_unicode
 
@@ -18,7 +19,6 @@ from secateur.corpus.split import SPLITS, assign_split
 from secateur.errors import CorpusError
 from secateur.recipe import SplitRatios
 from secateur.records.token_counts import merge_token_counts
-from tokenizers import Tokenizer, models, pre_tokenizers, processors
 
 ci = settings(deadline=None, derandomize=True)
 texts = st.lists(st.text(st.characters(exclude_categories=["Cs"]), min_size=1, max_size=30), max_size=25)

@@ -15,11 +15,11 @@ from typing import Any
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from tokenizers import Tokenizer
 
 from secateur.errors import TokenizerError
 from secateur.vocabulary import TokenGraph, read_tokenizer, rebuild_tokenizer
-from tests.tokenizers import DOMAIN_TOKEN, KINDS, SPECIALS, tiny_tokenizer, tokenizer_data, training_texts
-from tokenizers import Tokenizer
+from tests.tiny_tokenizers import DOMAIN_TOKEN, KINDS, SPECIALS, tiny_tokenizer, tokenizer_data, training_texts
 
 SHARES = (0.0, 0.02, 0.1, 0.3, 0.5, 0.7, 0.9, 0.98)
 """Shares of the vocabulary that are drawn before closing; the place is the seed."""

@@ -26,7 +26,7 @@ from secateur.store.checkpoints import Checkpoint, load_tokenizer, resolve_model
 from secateur.store.tokenizers import smaller_tokenizer
 from secateur.survey import DEFAULT_RULES, curve_sizes, survey_vocabulary
 from tests.pico import general_paragraphs, medical_records, save_model_folder, write_records
-from tests.tokenizers import tiny_tokenizer, training_texts
+from tests.tiny_tokenizers import tiny_tokenizer, training_texts
 
 Rules = tuple[Mapping[str, int | float], ...]
 RULES: Rules = ({"min_count": 1}, {"min_count": 60}, {"coverage": 0.5}, {"size": 300})

@@ -6,6 +6,7 @@ from pathlib import Path
 
 import pytest
 import yaml
+from tokenizers import Tokenizer, models
 from transformers import PreTrainedTokenizerFast
 
 from secateur.cli.recipe_options import RecipeOptions
@@ -14,7 +15,6 @@ from secateur.files import CACHE_VARIABLE
 from secateur.recipe import parse_recipe
 from tests.command import call
 from tests.pico import Pico, build_pico, save_model_folder
-from tokenizers import Tokenizer, models
 
 TEMPLATE = ("--text", "Question: {question}\nAnswer: {answer}")
 

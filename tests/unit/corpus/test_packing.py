@@ -12,6 +12,7 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
+from tokenizers import Tokenizer, models
 from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
 
 from secateur.corpus.packing import (
@@ -26,7 +27,6 @@ from secateur.corpus.split import document_hash, select_documents
 from secateur.errors import CorpusError
 from secateur.recipe import CorpusSpec, SplitRatios
 from secateur.records.blocks import BlockBatch, TokenBlocks
-from tokenizers import Tokenizer, models
 
 from .conftest import build_tokenizer
 

@@ -8,6 +8,7 @@ from typing import Any
 
 import pytest
 import torch
+from tokenizers import Tokenizer, models, pre_tokenizers, processors
 from transformers import PreTrainedTokenizerFast
 from transformers.convert_slow_tokenizer import bytes_to_unicode
 
@@ -16,7 +17,6 @@ from secateur.corpus.resegment import resegment, segmentation_change
 from secateur.corpus.split import assign_split, document_hash
 from secateur.errors import CorpusError
 from secateur.recipe import SplitRatios
-from tokenizers import Tokenizer, models, pre_tokenizers, processors
 
 from .conftest import build_sentencepiece, build_tokenizer
 

@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from tokenizers import NormalizedString, PreTokenizedString, Tokenizer, models, pre_tokenizers
 from transformers import AutoTokenizer, PreTrainedTokenizerFast
 
 from secateur.errors import ExportError, TokenizerError
@@ -27,8 +28,7 @@ from secateur.store.tokenizers import (
 )
 from secateur.vocabulary import read_tokenizer
 from tests.conftest import pico_config
-from tests.tokenizers import KINDS, tiny_tokenizer, training_texts
-from tokenizers import NormalizedString, PreTokenizedString, Tokenizer, models, pre_tokenizers
+from tests.tiny_tokenizers import KINDS, tiny_tokenizer, training_texts
 
 TEMPLATE = (
     "{% for message in messages %}"

@@ -4,12 +4,12 @@ import json
 from typing import Any
 
 import pytest
+from tokenizers import Tokenizer
 
 from secateur.errors import TokenizerError
 from secateur.vocabulary import TokenGraph, read_tokenizer
-from tests.tokenizers import BYTE_TOKENS, DOMAIN_TOKEN, KINDS, SPECIALS, tiny_tokenizer, tokenizer_data
+from tests.tiny_tokenizers import BYTE_TOKENS, DOMAIN_TOKEN, KINDS, SPECIALS, tiny_tokenizer, tokenizer_data
 from tests.unit.vocabulary.data import bpe_data, unigram_data
-from tokenizers import Tokenizer
 
 
 def strings(graph: TokenGraph, ids: frozenset[int]) -> set[str]:

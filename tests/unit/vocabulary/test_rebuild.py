@@ -5,13 +5,13 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from tokenizers import Tokenizer
 from transformers import AutoTokenizer, PreTrainedTokenizerFast
 
 from secateur.errors import TokenizerError
 from secateur.vocabulary import read_tokenizer, rebuild_tokenizer
-from tests.tokenizers import KINDS, tokenizer_data, training_texts
+from tests.tiny_tokenizers import KINDS, tokenizer_data, training_texts
 from tests.unit.vocabulary.data import bpe_data, unigram_data
-from tokenizers import Tokenizer
 
 BASE = [0, 1, 2, 3, 4]
 """Ids of <s>, a, b, c and d."""
