@@ -9,6 +9,7 @@ import subprocess
 import sys
 import time
 from collections.abc import Iterator
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -615,11 +616,13 @@ def test_a_process_that_gets_sigint_leaves_whole_files_and_resumes(
         stderr=subprocess.PIPE,
         text=True,
         env=environment(),
+        # Whoever runs the tests in the background ignores SIGINT, and children inherit that.
+        preexec_fn=partial(signal.signal, signal.SIGINT, signal.SIG_DFL),
     )
     try:
         wait_until_done("shrink", run, process)
         process.send_signal(signal.SIGINT)
-        _, err = process.communicate(timeout=120)
+        _, err = process.communicate(timeout=60)
     finally:
         process.kill()
         process.wait()
@@ -784,9 +787,9 @@ def test_controls_are_cut_with_the_same_care(pico: Pico, tmp_path: Path, monkeyp
     cut: dict[str, Plan] = {}
     shrink_parameters = pipeline.shrink_parameters
 
-    def remember(parameters: Any, plan: Plan, geometry: Any) -> Any:
+    def remember(parameters: Any, plan: Plan, *rest: Any) -> Any:
         cut[plan.method] = plan
-        return shrink_parameters(parameters, plan, geometry)
+        return shrink_parameters(parameters, plan, *rest)
 
     monkeypatch.setattr(pipeline, "shrink_parameters", remember)
     evaluate = {"max_tokens": 256, "controls": ["random", "reversed"]}
