@@ -1,8 +1,8 @@
 """Which token ids stay: a rule over how often the domain's text uses each token, and everything that needs to stay.
 
 A token that stays needs the tokens that its spelling is merged from; without them the tokenizer could not make it any
-more. Where a size is asked for, tokens are taken by how many counted tokens they save per id they cost, those they
-need included. Higher counts first, lower ids among equals.
+more. Where a size is asked for, tokens are taken by count, higher counts first and lower ids among equals, each with
+what it needs, as long as they fit.
 """
 
 from __future__ import annotations
