@@ -16,13 +16,17 @@ from secateur.records.scores import Scores
 HIDDEN, HEAD_DIM, Q_PER_KV = 48, 4, 2
 CHANNEL_COST = 3 * HIDDEN
 """Parameters of one channel: a gate row, an up row and a down column."""
+HEAD_COST = 2 * HEAD_DIM * HIDDEN
+"""Parameters of one query head: its query rows and output columns."""
 GROUP_COST = (2 * Q_PER_KV + 2) * HEAD_DIM * HIDDEN
 """Parameters of one group: query rows and output columns of two heads, key and value rows of one."""
 
 Shapes = dict[str, tuple[int, ...]]
 
 
-def llama(channels: Sequence[int], groups: Sequence[int], family: str = "llama") -> tuple[Geometry, Shapes]:
+def llama(
+    channels: Sequence[int], groups: Sequence[int], family: str = "llama", q_per_kv: int = Q_PER_KV
+) -> tuple[Geometry, Shapes]:
     """Return a llama with the given numbers of channels and groups per layer: its geometry and parameter shapes."""
     widths = list(zip(channels, groups, strict=True))
     config: dict[str, Any] = {
@@ -30,19 +34,19 @@ def llama(channels: Sequence[int], groups: Sequence[int], family: str = "llama")
         "hidden_size": HIDDEN,
         "vocab_size": 100,
         "intermediate_size": channels[0],
-        "num_attention_heads": groups[0] * Q_PER_KV,
+        "num_attention_heads": groups[0] * q_per_kv,
         "num_key_value_heads": groups[0],
         "head_dim": HEAD_DIM,
     }
     if len(set(widths)) > 1:
         config["per_layer_config"] = {
-            str(layer): {"intermediate_size": c, "num_key_value_heads": g, "num_attention_heads": g * Q_PER_KV}
+            str(layer): {"intermediate_size": c, "num_key_value_heads": g, "num_attention_heads": g * q_per_kv}
             for layer, (c, g) in enumerate(widths)
         }
     shapes: Shapes = {"model.embed_tokens.weight": (100, HIDDEN), "model.norm.weight": (HIDDEN,)}
     for layer, (c, g) in enumerate(widths):
         root = f"model.layers.{layer}"
-        queries, keys = g * Q_PER_KV * HEAD_DIM, g * HEAD_DIM
+        queries, keys = g * q_per_kv * HEAD_DIM, g * HEAD_DIM
         shapes |= {f"{root}.mlp.{name}.weight": (c, HIDDEN) for name in ("gate_proj", "up_proj")}
         shapes |= {f"{root}.mlp.down_proj.weight": (HIDDEN, c), f"{root}.self_attn.o_proj.weight": (HIDDEN, queries)}
         shapes |= {f"{root}.self_attn.q_proj.weight": (queries, HIDDEN)}
@@ -61,7 +65,7 @@ def random_scores(geometry: Geometry, kinds: Sequence[str], seed: int = 0) -> Sc
     generator = torch.Generator().manual_seed(seed)
     return scores_of(
         {
-            kind: [torch.rand(axis.num_units, generator=generator).tolist() for axis in geometry.axes[kind]]
+            kind: [torch.rand(count, generator=generator).tolist() for count in geometry.num_units(kind)]
             for kind in kinds
         }
     )

@@ -21,7 +21,10 @@ Constants = Mapping[tuple[int, str], Mapping[int, float]]
 
 
 def choose_units(geometry: Geometry, kinds: Sequence[str], shape: str, seed: int = 0) -> Kept:
-    """Return units to keep: about half per layer, the same number everywhere only where ``shape`` is uniform."""
+    """Return units to keep: about half per layer, the same number everywhere only where ``shape`` is uniform.
+
+    Of units in groups, as many of each group.
+    """
     generator = torch.Generator().manual_seed(seed)
     kept: dict[str, list[list[int]]] = {}
     for kind in kinds:
@@ -29,14 +32,23 @@ def choose_units(geometry: Geometry, kinds: Sequence[str], shape: str, seed: int
         if shape == "uniform":
             allowed = [count for count in geometry.allowed_counts(kind) if count < min(sizes)]
             counts = [allowed[len(allowed) // 3]] * len(sizes)
+        elif geometry.axes[kind][0].per_group is not None:
+            counts = [max(1, size // 2) if layer % 2 == 0 else size for layer, size in enumerate(sizes)]
         else:
             counts = [max(1, 2 * size // 3 - layer * size // 3) for layer, size in enumerate(sizes)]
             assert len(set(counts)) > 1 or max(sizes) == 1
         kept[kind] = [
-            sorted(torch.randperm(size, generator=generator)[:count].tolist())
-            for size, count in zip(sizes, counts, strict=True)
+            _draw(size, count, axis.num_groups, generator)
+            for axis, size, count in zip(geometry.axes[kind], sizes, counts, strict=True)
         ]
     return kept
+
+
+def _draw(size: int, count: int, groups: int, generator: torch.Generator) -> list[int]:
+    """Return ``count`` of ``size`` units, as many of each of the consecutive groups."""
+    each = size // groups
+    drawn = [torch.randperm(each, generator=generator)[: count // groups] + group * each for group in range(groups)]
+    return sorted(torch.cat(drawn).tolist())
 
 
 def plan_keeping(
@@ -73,11 +85,12 @@ def plan_keeping(
     )
 
 
-def prune(model: Any, plan: Plan, geometry: Geometry) -> Any:
-    """Return the pruned model."""
+def prune(model: Any, plan: Plan, geometry: Geometry, **fitted: Any) -> Any:
+    """Return the pruned model; ``fitted`` goes to ``shrink_parameters``."""
     config = shrink_config(model.config.to_dict(), plan, geometry)
     generation = shrink_generation_config(generation_data(model), plan)
-    return build_model(config, shrink_parameters(model.state_dict().items(), plan, geometry), model, generation)
+    parameters = shrink_parameters(model.state_dict().items(), plan, geometry, **fitted)
+    return build_model(config, parameters, model, generation)
 
 
 @contextmanager

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -10,16 +11,23 @@ import pytest
 import torch
 
 from secateur.allocate.budget import parameters_after, parameters_by_part
+from secateur.errors import FamilyError
 from secateur.families.geometry import build_geometry
 from secateur.families.loader import UNEVEN_PREFIX, family_of
 from secateur.families.schema import Family
-from secateur.records.units import FFN_CHANNEL, GQA_GROUP, LAYER_UNIT_KINDS
+from secateur.records.units import FFN_CHANNEL, GQA_GROUP, LAYER_UNIT_KINDS, QUERY_HEAD, SITE_KINDS
 from secateur.stream.forward import run_logits
 from tests.blocks import lay_blocks, random_documents
 from tests.conftest import PICO_SIZES, geometry_of, pico_config, pico_model
 from tests.pruning import choose_units, logits, masked, plan_keeping, prune, relative_difference
 
-KINDS = {"ffn": (FFN_CHANNEL,), "groups": (GQA_GROUP,), "both": (FFN_CHANNEL, GQA_GROUP)}
+KINDS = {
+    "ffn": (FFN_CHANNEL,),
+    "groups": (GQA_GROUP,),
+    "heads": (QUERY_HEAD,),
+    "both": (FFN_CHANNEL, GQA_GROUP),
+    "ffn-heads": (FFN_CHANNEL, QUERY_HEAD),
+}
 TOLERANCE = {torch.float64: 1e-12, torch.float32: 1e-5}
 """Largest difference of logits, relative to the largest logit."""
 
@@ -45,17 +53,17 @@ def cuttable(family: Family, kinds: tuple[str, ...]) -> tuple[str, ...]:
 
 
 def all_cuttable(family: Family) -> tuple[str, ...]:
-    """Return every kind that this family can cut."""
-    return tuple(axis.name for axis in family.axes if not axis.fixed)
+    """Return every kind that this family can cut, of kinds that are not parts of each other."""
+    return tuple(axis.name for axis in family.axes if not axis.fixed and axis.name in SITE_KINDS)
 
 
 def test_a_kind_that_cannot_be_cut_says_why_in_a_sentence(family: Family) -> None:
-    """FFN channels can be cut in every family; where groups cannot, the reason is a readable clause."""
+    """FFN channels can be cut in every family; where groups or query heads cannot, the reason is a readable clause."""
     reasons = {axis.name: axis.fixed for axis in family.axes}
     assert reasons[FFN_CHANNEL] is None
-    if reasons[GQA_GROUP] is not None:
-        assert len(reasons[GQA_GROUP].split()) >= 8
-        assert not reasons[GQA_GROUP].endswith(".")
+    for reason in filter(None, reasons.values()):
+        assert len(reason.split()) >= 8
+        assert not reason.endswith(".")
 
 
 @pytest.mark.parametrize("dtype", TOLERANCE, ids=str)
@@ -212,6 +220,62 @@ def test_every_part_of_a_model_is_found(family: Family) -> None:
         parts.setdefault(geometry.part_of(name), []).append(name)
     assert set(parts) == {"embedding", "attention", "ffn", "head", "other"}
     assert all("norm" in name or "ln_" in name for name in parts["other"]), parts["other"]
+
+
+@pytest.mark.parametrize("first", [QUERY_HEAD, GQA_GROUP])
+@pytest.mark.parametrize("again", ["uneven", "uniform"])
+def test_query_heads_and_groups_go_one_after_the_other(family: Family, first: str, again: str) -> None:
+    """In a model that lost some of one kind, unevenly, the other kind is cut right, with as many left as were asked."""
+    cuttable(family, (QUERY_HEAD, GQA_GROUP))
+    model = pico_model(family, num_attention_heads=12, head_dim=4)
+    geometry = geometry_of(model, family)
+    kept = {QUERY_HEAD: [[0, 1, 3, 5, 6, 9, 4, 8, 10], [0, 4, 8]], GQA_GROUP: [[0, 2], [1]]}
+    start = {first: [sorted(units) for units in kept[first]]}
+    once = prune(model, plan_keeping(geometry, start, "uneven"), geometry)
+    uneven = geometry_of(once, family)
+    second = GQA_GROUP if first == QUERY_HEAD else QUERY_HEAD
+    then: dict[str, list[list[int]]]
+    if second == GQA_GROUP:
+        then = {GQA_GROUP: [[0, 2], [0, 1]] if again == "uniform" else [[0, 2], [1]]}
+    else:
+        then = {QUERY_HEAD: [[1, 6], [0, 3]] if again == "uniform" else [[0, 1, 4, 7], [2]]}
+    if again == "uniform" and not uneven.is_allowed(second, len(then[second][0])):
+        pytest.skip("this family's configuration refuses that count")
+    twice = prune(once, plan_keeping(uneven, then, again), uneven)
+    with masked(once, uneven, then):
+        expected = logits(once, token_ids())
+    assert relative_difference(logits(twice, token_ids()), expected) <= TOLERANCE[torch.float64]
+    assert relative_difference(expected, logits(once, token_ids())) > 1e-3
+
+
+def test_query_heads_go_beside_whole_layers_and_sub_layers(family: Family) -> None:
+    """One layer goes, one loses its attention, the others lose heads; the model says what the masked one says."""
+    cuttable(family, (QUERY_HEAD,))
+    key = str(family.dimensions["num_layers"].config)
+    model = pico_model(family, **{key: 4})
+    geometry = geometry_of(model, family)
+    heads, groups, channels = (geometry.num_units(kind)[0] for kind in (QUERY_HEAD, GQA_GROUP, FFN_CHANNEL))
+    half = list(range(1, heads, 2))
+    whole = list(range(groups))
+    kept: dict[str, list[list[int]]] = {
+        QUERY_HEAD: [half, [], [], list(range(heads))],
+        GQA_GROUP: [whole, [], [], whole],
+        FFN_CHANNEL: [list(range(channels)), [], list(range(channels)), list(range(channels))],
+    }
+    try:
+        geometry.require_removable(("attention",))
+    except FamilyError as error:
+        pytest.skip(str(error))
+    pruned = prune(model, plan_keeping(geometry, kept, "uneven"), geometry)
+    once = prune(model, plan_keeping(geometry, {k: v for k, v in kept.items() if k != QUERY_HEAD}, "uneven"), geometry)
+    between = geometry_of(once, family)
+    left = {QUERY_HEAD: [half, [], list(range(heads))]}
+    mask = replace(between, axes={**between.axes, QUERY_HEAD: between.axes[QUERY_HEAD][:1]})
+    with masked(once, mask, {QUERY_HEAD: [half]}):
+        expected = logits(once, token_ids())
+    assert relative_difference(logits(pruned, token_ids()), expected) <= TOLERANCE[torch.float64]
+    twice = prune(once, plan_keeping(between, left, "uneven"), between)
+    assert torch.equal(logits(twice, token_ids()), logits(pruned, token_ids()))
 
 
 def test_every_unit_owns_a_channel_of_its_reader(family: Family) -> None:

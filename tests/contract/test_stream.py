@@ -14,6 +14,7 @@ from torch import Tensor, nn
 from secateur.calibrate.taps import tapped
 from secateur.families.schema import Family
 from secateur.files import CACHE_VARIABLE
+from secateur.records.units import SITE_KINDS
 from secateur.store.checkpoints import load_model, resolve_model
 from secateur.stream.forward import run_backbone, run_logits
 from secateur.stream.hidden import HiddenStates
@@ -54,7 +55,7 @@ def windows(family: Family) -> dict[str, Any]:
 def pruned_model(model: Any, family: Family) -> Any:
     """Return a model whose layers differ in width from the given one's and from each other."""
     geometry = geometry_of(model, family)
-    kinds = [axis.name for axis in family.axes if not axis.fixed]
+    kinds = [axis.name for axis in family.axes if not axis.fixed and axis.name in SITE_KINDS]
     return prune(model, plan_keeping(geometry, choose_units(geometry, kinds, "uneven"), "uneven"), geometry)
 
 

@@ -10,7 +10,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 from torch import Tensor
 
-from secateur.calibrate.accumulators import GramSum, MomentSums, Scratch, cosine_sum, count_tokens, sum_abs
+from secateur.calibrate.accumulators import GramSum, MomentSums, Scratch, cosine_sums, count_tokens, sum_abs
 from secateur.records.statistics import Moments
 
 NUM_TOKENS = 40
@@ -39,6 +39,11 @@ def tolerance(dtype: torch.dtype, scale: float, power: int = 1) -> dict[str, flo
     """Return the rounding that a sum of 40 numbers in the accumulating dtype may show."""
     unit = 1e-13 if dtype == torch.float64 else 1e-5
     return {"rtol": unit, "atol": unit * scale**power * 10}
+
+
+def cosine(first: Tensor, second: Tensor) -> Tensor:
+    """Return the sum over tokens of the cosine of two streams."""
+    return cosine_sums((first, second), {"pair": (0, 1)}, Scratch())["pair"]
 
 
 @given(seeds, cuts, dtypes, scales)
@@ -78,9 +83,7 @@ def test_absolute_sums_cosines_and_counts_do_not_depend_on_batches(
     runs = list(pairwise(bounds))
     whole = tolerance(dtype, 1.0)
     torch.testing.assert_close(sum(sum_abs(first[a:b], Scratch()) for a, b in runs), sum_abs(first, Scratch()), **whole)
-    torch.testing.assert_close(
-        sum(cosine_sum(first[a:b], second[a:b]) for a, b in runs), cosine_sum(first, second), **whole
-    )
+    torch.testing.assert_close(sum(cosine(first[a:b], second[a:b]) for a, b in runs), cosine(first, second), **whole)
     assert torch.equal(sum(count_tokens(ids[a:b], 200) for a, b in runs), count_tokens(ids, 200))
 
 

@@ -13,14 +13,14 @@ from torch import Tensor
 from secateur.allocate import Request, make_plan
 from secateur.allocate.counts import floor_count, global_counts, keep_best, threshold_counts, uniform_count
 from secateur.errors import PlanError
-from secateur.records.units import FFN_CHANNEL, GQA_GROUP
+from secateur.records.units import FFN_CHANNEL, GQA_GROUP, QUERY_HEAD
 from tests.allocation import CHANNEL_COST, counts, llama, random_scores, scores_of, total
 
 few_values = st.sampled_from([0.0, 0.25, 0.5, 1.0, -1.0])
 """Scores drawn from few values, so that ties are common."""
 ratios = st.sampled_from([1e-9, 0.01, 0.1, 0.25, 0.5, 0.75, 0.9, 0.99, 1 - 1e-9]) | st.floats(0.001, 0.999)
 usual_ratios = st.sampled_from([0.1, 0.2, 0.25, 0.3, 0.5])
-kinds = st.sampled_from([[FFN_CHANNEL], [GQA_GROUP], [FFN_CHANNEL, GQA_GROUP]])
+kinds = st.sampled_from([[FFN_CHANNEL], [GQA_GROUP], [FFN_CHANNEL, GQA_GROUP], [QUERY_HEAD], [FFN_CHANNEL, QUERY_HEAD]])
 
 
 def vectors(min_size: int = 1, max_size: int = 30) -> st.SearchStrategy[Tensor]:
@@ -115,7 +115,7 @@ def requests(draw: st.DrawFn) -> tuple[list[str], dict[str, Any]]:
     """Return unit kinds and the fields of a request that fits them."""
     chosen = draw(kinds)
     shape = draw(st.sampled_from(["uniform", "uneven"]))
-    keys = {FFN_CHANNEL: "channels", GQA_GROUP: "groups"}
+    keys = {FFN_CHANNEL: "channels", GQA_GROUP: "groups", QUERY_HEAD: "heads"}
     budget: dict[str, Any] = draw(
         st.one_of(
             st.fixed_dictionaries({keys[kind]: usual_ratios | ratios for kind in chosen}),
@@ -138,14 +138,15 @@ def requests(draw: st.DrawFn) -> tuple[list[str], dict[str, Any]]:
     requests(),
     st.lists(st.tuples(st.sampled_from([4, 16, 40, 63]), st.sampled_from([1, 2, 6])), min_size=1, max_size=3),
     st.sampled_from(["llama", "mistral"]),
+    st.integers(1, 4),
     st.integers(0, 99),
 )
 def test_every_plan_adds_up_or_is_refused(
-    asked: tuple[list[str], dict[str, Any]], widths: list[tuple[int, int]], family: str, seed: int
+    asked: tuple[list[str], dict[str, Any]], widths: list[tuple[int, int]], family: str, q_per_kv: int, seed: int
 ) -> None:
     """For any request a plan removes something, fits its model, obeys shape and rules and counts parameters right."""
     chosen, request = asked[0], Request(**asked[1])
-    geometry, shapes = llama([c for c, _ in widths], [g for _, g in widths], family)
+    geometry, shapes = llama([c for c, _ in widths], [g for _, g in widths], family, q_per_kv)
     scores = random_scores(geometry, chosen, seed)
     try:
         plan = make_plan(scores, geometry, shapes, request)
@@ -159,9 +160,11 @@ def test_every_plan_adds_up_or_is_refused(
         for axis, layer, values in zip(geometry.axes[kind], plan.layers[kind], scores.values[kind], strict=True):
             assert layer.num_units == axis.num_units
             assert 1 <= len(layer.keep) <= axis.num_units
-            assert layer.keep == keep_best(values, len(layer.keep))
+            assert layer.keep == keep_best(values, len(layer.keep), groups=axis.num_groups)
             rows = sum(segment.width for segment in axis.segments)
             removed += layer.num_removed * rows * 48
+            heads = {group: sum(unit // q_per_kv == group for unit in layer.keep) for group in range(axis.num_groups)}
+            assert kind != QUERY_HEAD or len(set(heads.values())) == 1
             if kind == FFN_CHANNEL and request.multiple_of == 4:
                 assert len(layer.keep) % 4 == 0 or len(layer.keep) == axis.num_units
         if plan.shape == "uniform":

@@ -10,7 +10,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 from torch import Tensor
 
-from secateur.shrink.reconstruct import choose_reconstruction, output_error, reconstruct
+from tests.reconstruction import choose_reconstruction, output_error, reconstruct
 
 CHANNELS, OUT, TOKENS = 9, 4, 40
 seeds = st.integers(0, 2**16)

@@ -5,9 +5,11 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+import math
+from collections.abc import Mapping, Sequence
 
-from secateur.families.geometry import Geometry, UnitAxis, parameters_by_part
+from secateur.families.geometry import Geometry, UnitAxis, is_inside, parameters_by_part
+from secateur.records.units import LAYER, SITE_KINDS, SUBLAYER_OF
 
 Shapes = Mapping[str, tuple[int, ...]]
 
@@ -37,15 +39,49 @@ def token_cost(geometry: Geometry, shapes: Shapes) -> int:
     return sum(geometry.vocabulary_costs(shapes).values())
 
 
+def block_cost(geometry: Geometry, kind: str, shapes: Shapes) -> list[int]:
+    """Return the parameters that go with each layer's ``attention``, ``ffn`` or ``layer``, own norms included.
+
+    0 where the layer lacks the sub-layer. What both sub-layers share (a norm, in some families) goes with the layer.
+    """
+    modules = [
+        frozenset(geometry.block_modules(kind, layer)) if geometry.has_block(kind, layer) else frozenset()
+        for layer in range(geometry.num_layers)
+    ]
+    costs = [0] * geometry.num_layers
+    for name, shape in shapes.items():
+        layer = geometry.layer_of(name)
+        if layer is not None and is_inside(name, modules[layer]):
+            costs[layer] += math.prod(shape)
+    return costs
+
+
 def parameters_after(
-    shapes: Shapes, geometry: Geometry, removed: Mapping[str, list[int]], *, tokens_removed: int = 0
+    shapes: Shapes, geometry: Geometry, removed: Mapping[str, Sequence[int]], *, tokens_removed: int = 0
 ) -> dict[str, int]:
-    """Return parameters by part after removing ``removed[kind][layer]`` units and ``tokens_removed`` token ids."""
-    totals = parameters_by_part(shapes, geometry)
+    """Return parameters by part after removing ``removed[kind][layer]`` units and ``tokens_removed`` token ids.
+
+    Where all units of a kind go, so does the rest of their sub-layer; where nothing is left of both, so does the layer.
+    """
+    gone = _gone_modules(geometry, removed)
+    totals = parameters_by_part({name: s for name, s in shapes.items() if not is_inside(name, gone)}, geometry)
     for kind, counts in removed.items():
         for axis, count in zip(geometry.axes[kind], counts, strict=True):
-            for name, cost in unit_cost(axis, shapes, geometry.family.weight_layout).items():
-                totals[geometry.part_of(name)] -= count * cost
+            if count < axis.num_units:
+                for name, cost in unit_cost(axis, shapes, geometry.family.weight_layout).items():
+                    totals[geometry.part_of(name)] -= count * cost
     for name, cost in geometry.vocabulary_costs(shapes).items():
         totals[geometry.part_of(name)] -= tokens_removed * cost
     return totals
+
+
+def _gone_modules(geometry: Geometry, removed: Mapping[str, Sequence[int]]) -> frozenset[str]:
+    modules: set[str] = set()
+    for layer in range(geometry.num_layers):
+        there = [kind for kind in SITE_KINDS if geometry.axes[kind][layer].num_units]
+        gone = [
+            kind for kind in there if kind in removed and removed[kind][layer] == geometry.axes[kind][layer].num_units
+        ]
+        kinds = [LAYER] if gone == there else [SUBLAYER_OF[kind] for kind in gone]
+        modules.update(module for kind in kinds for module in geometry.block_modules(kind, layer))
+    return frozenset(modules)

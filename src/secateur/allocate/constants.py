@@ -33,7 +33,7 @@ def with_constants(plan: Plan, geometry: Geometry, moments: Mapping[SiteKey, Mom
     for kind, per_layer in plan.layers.items():
         filled = []
         for axis, layer in zip(geometry.axes[kind], per_layer, strict=True):
-            gone = sorted(set(range(axis.num_units)) - set(layer.keep))
+            gone = sorted(set(range(axis.num_units)) - set(layer.keep)) if layer.is_narrowed else []
             channels = [u * axis.reader_width + c for u in gone for c in range(axis.reader_width)]
             has_bias = f"{axis.reader}.bias" in shapes
             found = constant_channels(moments[axis.layer, kind], channels) if has_bias and channels else []

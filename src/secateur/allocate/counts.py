@@ -16,8 +16,8 @@ from secateur.errors import PlanError
 
 
 def floor_count(num_units: int, min_keep_ratio: float) -> int:
-    """Return the fewest units that a layer may keep: its share rounded up, at least one."""
-    return max(1, math.ceil(num_units * min_keep_ratio - 1e-9))
+    """Return the fewest units that a layer may keep: its share rounded up, at least one of those it has."""
+    return min(num_units, max(1, math.ceil(num_units * min_keep_ratio - 1e-9)))
 
 
 def round_to_multiple(count: int, multiple: int, *, limit: int) -> int:
@@ -26,10 +26,34 @@ def round_to_multiple(count: int, multiple: int, *, limit: int) -> int:
     return min(limit, max(min(multiple, limit), nearest))
 
 
-def keep_best(scores: Float64[Tensor, " units"], count: int) -> tuple[int, ...]:
-    """Return the indices of the ``count`` highest scores, ascending; among equals the lower index stays."""
-    order = torch.argsort(scores, descending=True, stable=True)
-    return tuple(sorted(order[:count].tolist()))
+def keep_best(scores: Float64[Tensor, " units"], count: int, *, groups: int = 1) -> tuple[int, ...]:
+    """Return the indices of the ``count`` highest scores, ascending; among equals the lower index stays.
+
+    Args:
+        scores: of the units of one layer.
+        count: how many stay, a multiple of ``groups``.
+        groups: consecutive groups of the same size; as many of each stay, its best.
+    """
+    assert count % groups == 0, f"{count} units cannot be shared out evenly between {groups} groups"
+    order = torch.argsort(scores.reshape(groups, -1), dim=1, descending=True, stable=True)
+    first = torch.arange(groups)[:, None] * (len(scores) // groups)
+    return tuple(sorted((order[:, : count // groups].cpu() + first).flatten().tolist()))
+
+
+def of_rounds(
+    scores: Float64[Tensor, " units"], groups: int, value: Callable[[Tensor], Tensor]
+) -> Float64[Tensor, " units"]:
+    """Return the score of every unit's round; a round is one unit of each group, those of the same rank in it.
+
+    Units of which every group must keep the same number go round by round: the worst of each group first.
+
+    Args:
+        scores: of the units of one layer.
+        groups: consecutive groups of the same size.
+        value: of a round: (groups, ranks) scores, each group's ascending, to one number per rank, ascending too.
+    """
+    ordered, order = scores.reshape(groups, -1).sort(dim=1, stable=True)
+    return torch.zeros_like(ordered).scatter_(1, order, value(ordered).expand_as(ordered)).flatten()
 
 
 def uniform_count(ratio: float, num_units: int, *, multiple: int, kind: str, is_allowed: Callable[[int], bool]) -> int:
@@ -84,8 +108,11 @@ def standardised(scores: Sequence[Float64[Tensor, " _units"]]) -> list[Float64[T
 
     Source: the standardisation of FLAP (An et al. 2024, arXiv 2312.11983), which compares layers of different scale.
     """
-    centred = [layer - layer.mean() for layer in scores]
-    return [layer / layer.square().mean().sqrt().clamp_min(torch.finfo(layer.dtype).tiny) for layer in centred]
+    centred = [layer - layer.mean() if len(layer) else layer for layer in scores]
+    return [
+        layer / layer.square().mean().sqrt().clamp_min(torch.finfo(layer.dtype).tiny) if len(layer) else layer
+        for layer in centred
+    ]
 
 
 def global_counts(

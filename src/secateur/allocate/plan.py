@@ -1,82 +1,50 @@
 """Turns scores and a budget into a plan: how many units of each kind stay in each layer, and which.
 
-Budgets over all parameters take the same share from every unit kind: groups first (they come in few, large pieces,
-rounded towards keeping), FFN channels then make up the rest exactly.
+Budgets over all parameters take the same share from every unit kind: coarse kinds first, FFN channels then make up the
+rest exactly. Whole layers come before sub-layers, sub-layers before groups; each is rounded towards keeping, and the
+next kind's share is of what is left. Attention and FFN sub-layers count as one kind.
 """
 
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, replace
-from typing import Literal
+from dataclasses import replace
 
+import torch
 from jaxtyping import Float64
 from torch import Tensor
 
-from secateur.allocate.budget import Shapes, cost_per_unit, parameters_after, token_cost
-from secateur.allocate.counts import (
-    floor_count,
-    global_counts,
-    keep_best,
-    standardised,
-    threshold_counts,
-    uniform_count,
+from secateur.allocate.blocks import (
+    RATIO_KEYS,
+    Block,
+    BlockCut,
+    Order,
+    left_cost,
+    removal_order,
+    take_parameters,
+    take_ratio,
 )
+from secateur.allocate.budget import Shapes, block_cost, cost_per_unit, parameters_after, token_cost
+from secateur.allocate.counts import keep_best
+from secateur.allocate.request import Request, parameters_to_remove
+from secateur.allocate.widths import Widths
 from secateur.errors import PlanError
-from secateur.families.geometry import Geometry, parameters_by_part
-from secateur.recipe import PruneSpec
+from secateur.families.geometry import Geometry, UnitAxis, parameters_by_part
 from secateur.records.plan import LayerPlan, Plan, VocabularyPlan
 from secateur.records.scores import Scores
-from secateur.records.units import FFN_CHANNEL, GQA_GROUP
+from secateur.records.units import (
+    ATTENTION,
+    BLOCK_KINDS,
+    FFN,
+    LAYER,
+    LAYER_UNIT_KINDS,
+    SITE_KINDS,
+    SUBLAYER_OF,
+    UNIT_NAMES,
+)
 
 TOKEN_FREQUENCY = "token_frequency"
 """Method named by a plan that cuts only the vocabulary."""
-
-_COARSE_WIDTH, _COARSE_MULTIPLE = 512, 32
-_RATIO_KEYS = {FFN_CHANNEL: "channels", GQA_GROUP: "groups"}
-
-
-@dataclass(frozen=True, slots=True)
-class Request:
-    """What is asked of the allocator.
-
-    Attributes:
-        budget: one of ``channels``, ``groups`` (or both), ``parameters``: shares removed; ``bytes``: target size of
-            the weights; ``threshold``: absolute score at or below which units go.
-        shape: ``uniform`` or ``uneven``.
-        allocation: ``uniform`` (same share everywhere) or ``global`` (rank the whole model; uneven shape only).
-        min_keep_ratio: share of a layer's units that global ranking and thresholds never go below.
-        multiple_of: kept FFN widths are multiples of this; ``auto`` is 32 from a width of 512 on, else 1.
-        normalize: ``layer``: before layers compete, scores are standardised within each (mean 0, deviation 1), because
-            raw scores of different layers have different scales; ``none``: they compete as they are.
-        bytes_per_parameter: of the saved weights, for ``bytes``.
-    """
-
-    budget: Mapping[str, int | float]
-    shape: Literal["uniform", "uneven"] = "uniform"
-    allocation: Literal["auto", "uniform", "global"] = "auto"
-    min_keep_ratio: float = 0.1
-    multiple_of: int | Literal["auto"] = "auto"
-    normalize: Literal["layer", "none"] = "layer"
-    bytes_per_parameter: float = 4.0
-
-    @classmethod
-    def of(cls, spec: PruneSpec, *, bytes_per_parameter: float) -> Request:
-        """Return the request that a recipe's ``prune`` section makes."""
-        return cls(
-            budget=spec.budget.model_dump(exclude_none=True) if spec.budget else {},
-            shape=spec.shape,
-            allocation=spec.allocation,
-            min_keep_ratio=spec.min_keep_ratio,
-            multiple_of=spec.multiple_of,
-            normalize=spec.normalize,
-            bytes_per_parameter=bytes_per_parameter,
-        )
-
-    @property
-    def is_global(self) -> bool:
-        """Whether layers compete with each other for units."""
-        return self.allocation == "global" or (self.allocation == "auto" and self.shape == "uneven")
 
 
 def make_plan(
@@ -88,6 +56,7 @@ def make_plan(
     vocabulary: VocabularyPlan | None = None,
     model_fingerprint: str = "",
     calibration_tokens: int = 0,
+    counts: Mapping[str, Sequence[int]] | None = None,
 ) -> Plan:
     """Return the plan that meets ``request`` by keeping the best-scored units.
 
@@ -101,6 +70,7 @@ def make_plan(
         vocabulary: which token ids stay; None where all do.
         model_fingerprint: of the dense model, for the record.
         calibration_tokens: behind the scores, for the record.
+        counts: units that stay, by kind and layer, where they were measured or searched; they meet the budget.
 
     Raises:
         PlanError: the budget rounds to nothing, removes everything, or cannot be met; what can be is said.
@@ -108,67 +78,138 @@ def make_plan(
     notes: list[str] = []
     tokens_removed = vocabulary.num_removed if vocabulary else 0
     given_up = tokens_removed * token_cost(geometry, shapes)
-    counts = _Counts(scores, geometry, shapes, request, notes, given_up).solve() if scores.values else {}
-    removed = {
-        kind: [axis.num_units - kept for axis, kept in zip(geometry.axes[kind], per_layer, strict=True)]
-        for kind, per_layer in counts.items()
-    }
+    if counts is not None:
+        layers = {kind: _layer_plans(kind, kept, scores, geometry) for kind, kept in counts.items()}
+    else:
+        layers = _Allocation(scores, geometry, shapes, request, notes).solve(given_up) if scores.values else {}
+    removed = {kind: [layer.num_removed for layer in per_layer] for kind, per_layer in layers.items()}
     if not any(any(per_layer) for per_layer in removed.values()) and (scores.values or not tokens_removed):
         raise PlanError(f"budget {dict(request.budget)} removes nothing. Ask for more, or use another budget.")
     return Plan(
         family=geometry.family.name,
         model_fingerprint=model_fingerprint,
-        shape=request.shape if counts else "uniform",
-        method=scores.method if counts else TOKEN_FREQUENCY,
-        options=dict(scores.options) if counts else {},
+        shape=_shape(request, scores, layers, geometry),
+        method=scores.method if layers else TOKEN_FREQUENCY,
+        options=dict(scores.options) if layers else {},
         budget=dict(request.budget),
-        layers={
-            kind: tuple(_layer_plan(layer, kept) for layer, kept in zip(scores.values[kind], per_layer, strict=True))
-            for kind, per_layer in counts.items()
-        },
+        layers=layers,
         parameters_dense=parameters_by_part(shapes, geometry),
         parameters_pruned=parameters_after(shapes, geometry, removed, tokens_removed=tokens_removed),
         vocabulary=vocabulary,
         calibrated_on=tuple(scores.buckets),
         calibration_tokens=calibration_tokens,
         notes=tuple(notes),
+        depth_method=scores.depth_method,
+        depth_options=dict(scores.depth_options),
     )
 
 
-def same_size_plan(plan: Plan, scores: Scores, vocabulary: VocabularyPlan | None = None) -> Plan:
-    """Return a plan that keeps as many units per layer as ``plan`` does, but those that ``scores`` prefers.
+def choose_blocks(
+    kinds: Sequence[str], geometry: Geometry, shapes: Shapes, request: Request, order: Order, *, given_up: int = 0
+) -> BlockCut:
+    """Return the whole blocks that go for a budget, as ``make_plan`` chooses them, in an order that is not known yet.
 
-    This is how controls are made: the size is equal, only the choice differs. ``vocabulary`` is the control's own.
-    """
-    layers = {
-        kind: tuple(
-            _layer_plan(values, len(layer.keep)) for values, layer in zip(scores.values[kind], per_layer, strict=True)
-        )
-        for kind, per_layer in plan.layers.items()
-    }
-    return replace(plan, layers=layers, vocabulary=vocabulary, method=scores.method, options=dict(scores.options))
-
-
-def parameters_to_remove(request: Request, shapes: Shapes, geometry: Geometry) -> float:
-    """Return how many parameters a budget of ``parameters`` or ``bytes`` wants gone.
+    Args:
+        kinds: all unit kinds that may be cut.
+        geometry: of the dense model.
+        shapes: its parameters by name, tied ones once.
+        request: the budget and its constraints.
+        order: is asked for one block at a time, and never for one more than the budget needs to know.
+        given_up: parameters that the vocabulary gives up.
 
     Raises:
-        PlanError: the model is no larger than the target already.
+        PlanError: as ``make_plan``.
     """
-    total = sum(parameters_by_part(shapes, geometry).values())
-    if "parameters" in request.budget:
-        return request.budget["parameters"] * total
-    target = request.budget["bytes"] / request.bytes_per_parameter
-    if target >= total:
-        raise PlanError(
-            f"the model already takes {total * request.bytes_per_parameter:,.0f} bytes, which is not more "
-            f"than the target of {request.budget['bytes']:,.0f}. Ask for a smaller target."
-        )
-    return total - target
+    made_up = {kind: [torch.zeros(n, dtype=torch.float64) for n in geometry.num_units(kind)] for kind in kinds}
+    allocation = _Allocation(Scores("", {}, (), made_up), geometry, shapes, request, [])
+    allocation.order = order
+    allocation.take_blocks(given_up)
+    return allocation.cut
 
 
-def _layer_plan(scores: Float64[Tensor, " _units"], count: int) -> LayerPlan:
-    keep = keep_best(scores, count)
+def _shape(request: Request, scores: Scores, layers: Mapping[str, Sequence[LayerPlan]], geometry: Geometry) -> str:
+    """Return the shape that was asked for; where only whole blocks go, the simplest that fits what is left."""
+    if any(kind in LAYER_UNIT_KINDS for kind in scores.values):
+        return request.shape
+    for kind, per_layer in layers.items():
+        others = [layer for other, entries in layers.items() if other != kind for layer in entries]
+        kept = {len(layer.keep) for layer, other in zip(per_layer, others, strict=True) if layer.keep or other.keep}
+        if len(kept) > 1 or 0 in kept or not all(geometry.is_allowed(kind, count) for count in kept):
+            return "uneven"
+    return "uniform"
+
+
+def same_size_plan(plan: Plan, scores: Scores, geometry: Geometry, vocabulary: VocabularyPlan | None = None) -> Plan:
+    """Return a plan that keeps as many units as ``plan`` does, but those that ``scores`` prefers.
+
+    This is how controls are made: the size is equal, only the choice differs. Of whole layers and sub-layers, as many
+    of each kind go over the whole model; the layers that stay then keep, in order, as many units as those of ``plan``,
+    and all units of kinds without scores.
+
+    Args:
+        plan: what the control is compared with.
+        scores: importance of every unit of the kinds that were cut.
+        geometry: of the dense model.
+        vocabulary: the control's own.
+    """
+    cut = _same_number(plan, scores, geometry)
+    layers: dict[str, tuple[LayerPlan, ...]] = {}
+    for kind, per_layer in plan.layers.items():
+        stay = cut.left(SUBLAYER_OF[kind])
+        kept = [len(layer.keep) for layer in per_layer if layer.keep]
+        widths = dict(zip(stay, kept if kind in scores.values else (), strict=False))
+        counts = [
+            _shared_out(axis, widths.get(axis.layer, axis.num_units)) if axis.layer in stay else 0
+            for axis in geometry.axes[kind]
+        ]
+        layers[kind] = _layer_plans(kind, counts, scores, geometry)
+    return replace(
+        plan,
+        layers=layers,
+        vocabulary=vocabulary,
+        method=scores.method,
+        options=dict(scores.options),
+        depth_method=scores.depth_method,
+        depth_options=dict(scores.depth_options),
+    )
+
+
+def _same_number(plan: Plan, scores: Scores, geometry: Geometry) -> BlockCut:
+    """Return as many blocks of each scored kind as ``plan`` removes; of other kinds the very same."""
+    whole, scored = plan.removed_layers, set(scores.values)
+    numbers: dict[str, tuple[int, ...]] = {kind: plan.removed_sublayers(kind) for kind in (ATTENTION, FFN)}
+    if LAYER in scored or not scored & {ATTENTION, FFN}:
+        numbers = {LAYER: whole, **numbers}
+    else:  # layers go where both sub-layers do
+        numbers = {
+            kind: (*gone, *(layer for layer in whole if geometry.has_sublayer(kind, layer)))
+            for kind, gone in numbers.items()
+        }
+    cut = BlockCut(geometry)
+    for kind, gone in numbers.items():
+        same = [(kind, layer) for layer in gone]
+        cut.take_first(removal_order(geometry, scores.values, [kind]) if kind in scored else same, len(gone))
+    return cut
+
+
+def _shared_out(axis: UnitAxis, count: int) -> int:
+    """Return ``count``, or the next number above that the axis has and its groups can share out evenly."""
+    return min(axis.num_units, -(-count // axis.num_groups) * axis.num_groups)
+
+
+def _layer_plans(kind: str, counts: Sequence[int], scores: Scores, geometry: Geometry) -> tuple[LayerPlan, ...]:
+    """Return the entries of one kind of unit; a kind without scores keeps its first units, as a rule all of them."""
+    values = scores.values.get(kind)
+    return tuple(
+        LayerPlan(axis.num_units, tuple(range(count)))
+        if values is None or not count
+        else _layer_plan(values[axis.layer], count, axis.num_groups)
+        for axis, count in zip(geometry.axes[kind], counts, strict=True)
+    )
+
+
+def _layer_plan(scores: Float64[Tensor, " _units"], count: int, groups: int) -> LayerPlan:
+    keep = keep_best(scores, count, groups=groups)
     gone = sorted(set(range(len(scores))) - set(keep))
     return LayerPlan(
         num_units=len(scores),
@@ -178,176 +219,124 @@ def _layer_plan(scores: Float64[Tensor, " _units"], count: int) -> LayerPlan:
     )
 
 
-class _Counts:
-    """Works out how many units of each kind stay in each layer."""
+class _Allocation:
+    """Works out what goes: whole blocks first, then units inside the sub-layers that stay."""
 
-    def __init__(
-        self,
-        scores: Scores,
-        geometry: Geometry,
-        shapes: Shapes,
-        request: Request,
-        notes: list[str],
-        given_up: int,
-    ) -> None:
+    def __init__(self, scores: Scores, geometry: Geometry, shapes: Shapes, request: Request, notes: list[str]) -> None:
         self.scores = scores
         self.geometry = geometry
         self.shapes = shapes
         self.request = request
         self.notes = notes
-        self.given_up = given_up
+        self.cut = BlockCut(geometry)
+        self.widths = Widths(scores, geometry, shapes, request, self.cut, notes)
+        self.order: Order = self.by_scores
 
-    def solve(self) -> dict[str, list[int]]:
-        budget = self.request.budget
-        if "threshold" in budget:
-            return {kind: self.by_threshold(kind, budget["threshold"]) for kind in self.scores.values}
-        if "parameters" in budget or "bytes" in budget:
-            return self.by_parameters(self.left_to_remove())
-        return {kind: self.by_ratio(kind, budget[_RATIO_KEYS[kind]]) for kind in self.scores.values}
+    def by_scores(self, cut: BlockCut, kinds: Sequence[str]) -> list[Block]:
+        """Return the blocks of some kinds in the order of their scores."""
+        shapes = None if self.scores.cumulative else self.shapes
+        return removal_order(cut.geometry, self.scores.values, kinds, shapes)
 
-    def sizes(self, kind: str) -> list[int]:
-        return [axis.num_units for axis in self.geometry.axes[kind]]
+    def solve(self, given_up: int) -> dict[str, tuple[LayerPlan, ...]]:
+        """Return the entries of every kind of unit that loses some, and of both kinds where whole blocks go."""
+        self.require_uneven()
+        left = self.take_blocks(given_up)
+        counts = self.by_parameters(given_up, left) if self.is_size else self.widths.by_units()
+        if not self.cut.is_empty:
+            counts |= {kind: self.widths.sizes(kind) for kind in SITE_KINDS if kind not in counts}
+        return {
+            kind: _layer_plans(kind, counts[kind], self.scores, self.geometry)
+            for kind in LAYER_UNIT_KINDS
+            if kind in counts
+        }
 
-    def multiple(self, kind: str) -> int:
-        if kind != FFN_CHANNEL:
-            return 1
-        if self.request.multiple_of != "auto":
-            return self.request.multiple_of
-        sizes = self.sizes(kind)
-        coarse = min(sizes) >= _COARSE_WIDTH and all(size % _COARSE_MULTIPLE == 0 for size in sizes)
-        return _COARSE_MULTIPLE if coarse else 1
-
-    def is_allowed(self, kind: str, count: int) -> bool:
-        return self.request.shape == "uneven" or self.geometry.is_allowed(kind, count)
-
-    def require_even(self, kind: str) -> int:
-        sizes = self.sizes(kind)
-        if len(set(sizes)) > 1:
+    def require_uneven(self) -> None:
+        """Raise PlanError where sub-layers are to go although all layers must stay alike."""
+        asked = [kind for kind in (ATTENTION, FFN) if kind in self.scores.values]
+        if asked and self.request.shape == "uniform":
             raise PlanError(
-                f"the model's layers hold between {min(sizes)} and {max(sizes)} {kind}s, so shape: uniform is not "
-                "possible. Use shape: uneven."
-            )
-        return sizes[0]
-
-    def by_ratio(self, kind: str, ratio: float) -> list[int]:
-        sizes = self.sizes(kind)
-        if self.request.is_global:
-            kept = self.rank_globally(kind, round(ratio * sum(sizes)))
-            if sum(kept) == sum(sizes):
-                raise PlanError(f"removing {ratio:.4g} of {sum(sizes)} {kind}s rounds to none. Ask for more.")
-            return kept
-        if self.request.shape == "uniform":
-            self.require_even(kind)
-        kept = [
-            uniform_count(
-                ratio, size, multiple=self.multiple(kind), kind=kind, is_allowed=lambda n: self.is_allowed(kind, n)
-            )
-            for size in sizes
-        ]
-        self.note_rounding(kind, ratio, kept)
-        return kept
-
-    def note_rounding(self, kind: str, ratio: float, kept: Sequence[int]) -> None:
-        real = 1 - sum(kept) / sum(self.sizes(kind))
-        multiple = self.multiple(kind)
-        if abs(real - ratio) > 1e-3:
-            self.notes.append(
-                f"asked to remove {ratio:.2%} of {kind}s; {real:.2%} go, because "
-                + (f"kept counts are multiples of {multiple}" if multiple > 1 else "units go whole")
+                f"taking out units of kind {' and '.join(asked)} leaves layers that differ; in shape: uniform only "
+                "whole layers can go. Use shape: uneven, or units: [layer]."
             )
 
-    def rank_globally(self, kind: str, num_removed: int) -> list[int]:
-        scores = self.scores.values[kind]
-        return global_counts(
-            standardised(scores) if self.request.normalize == "layer" else scores,
-            num_removed,
-            min_keep_ratio=self.request.min_keep_ratio,
-            multiple=self.multiple(kind),
-            kind=kind,
-        )
-
-    def by_threshold(self, kind: str, threshold: float) -> list[int]:
-        """Keep what scores above the threshold, at least the floor, rounded up: no unit above the threshold goes."""
-        sizes, multiple = self.sizes(kind), self.multiple(kind)
-        counts = self.floored(kind, threshold_counts(self.scores.values[kind], threshold))
-        rounded = [min(size, -(-n // multiple) * multiple) for n, size in zip(counts, sizes, strict=True)]
-        if self.request.shape == "uneven":
-            return rounded
-        size, widest = self.require_even(kind), max(rounded)
-        fits = (n for n in range(widest, size) if n % multiple == 0 and self.is_allowed(kind, n))
-        kept = next(fits, size)
-        if kept == size:
-            uneven = sum(size - n for n in rounded)
-            refused = "" if widest == size else " that the configuration accepts"
-            advice = (
-                f"Use shape: uneven, which would remove {uneven} of {sum(sizes)}" if uneven else "Raise the threshold"
-            )
-            raise PlanError(
-                f"threshold {threshold:g} removes no {kind} in shape uniform: layer {rounded.index(widest)} keeps "
-                f"{widest} of {size}, and all layers must keep the same number{refused}. {advice}."
-            )
-        return [kept] * len(sizes)
-
-    def floored(self, kind: str, counts: Sequence[int]) -> list[int]:
-        floors = [floor_count(size, self.request.min_keep_ratio) for size in self.sizes(kind)]
-        raised = [layer for layer, (n, floor) in enumerate(zip(counts, floors, strict=True)) if n < floor]
-        if raised:
-            self.notes.append(
-                f"{len(raised)} layers would have kept fewer {kind}s than min_keep_ratio "
-                f"{self.request.min_keep_ratio:g} allows and were raised to it"
-            )
-        return [max(n, floor) for n, floor in zip(counts, floors, strict=True)]
-
-    def left_to_remove(self) -> float:
+    def left_to_remove(self, given_up: int) -> float:
         wanted = parameters_to_remove(self.request, self.shapes, self.geometry)
-        if self.given_up >= wanted:
+        if given_up >= wanted:
             raise PlanError(
-                f"the vocabulary alone gives up {self.given_up:,} parameters, and the budget asks for {wanted:,.0f}; "
+                f"the vocabulary alone gives up {given_up:,} parameters, and the budget asks for {wanted:,.0f}; "
                 "nothing is left for the other units. Raise the budget, or prune the vocabulary alone."
             )
-        return wanted - self.given_up
+        return wanted - given_up
 
-    def by_parameters(self, wanted: float) -> dict[str, list[int]]:
-        costs = {kind: cost_per_unit(self.geometry, kind, self.shapes) for kind in self.scores.values}
-        owned = {
-            kind: sum(c * n for c, n in zip(costs[kind], self.sizes(kind), strict=True)) for kind in self.scores.values
-        }
-        if wanted >= sum(owned.values()):
-            raise PlanError(
-                f"the budget removes {wanted:,.0f} parameters, but the units that may be cut "
-                f"({', '.join(owned)}) own {sum(owned.values()):,}. Lower the budget or add unit kinds."
-            )
-        ratio, left, counts = wanted / sum(owned.values()), wanted, {}
-        kinds = sorted(self.scores.values, key=lambda kind: kind == FFN_CHANNEL)
-        for kind in kinds:
-            share = left / owned[kind] if kind == kinds[-1] else ratio
-            counts[kind] = self.by_share(kind, share, exact=kind == kinds[-1])
-            left -= sum(
-                cost * (size - kept)
-                for cost, size, kept in zip(costs[kind], self.sizes(kind), counts[kind], strict=True)
-            )
+    @property
+    def is_size(self) -> bool:
+        """Whether the budget counts all parameters."""
+        return bool({"parameters", "bytes"} & set(self.request.budget))
+
+    def take_blocks(self, given_up: int) -> float:
+        """Let whole blocks go; return how many parameters are still to go, for budgets that count them."""
+        kinds = list(self.scores.values)
+        if not self.is_size:
+            for kind in (LAYER, ATTENTION, FFN):
+                if kind in kinds:
+                    take_ratio(self.cut, kind, self.request.budget[RATIO_KEYS[kind]], self.order)
+            return 0.0
+        left = self.left_to_remove(given_up)
+        ratio = equal_share(self.geometry, self.shapes, kinds, left)
+        steps = [step for step in ([LAYER], [k for k in (ATTENTION, FFN) if k in kinds]) if set(step) & set(kinds)]
+        for step in steps:
+            nearest = step is steps[-1] and not self.widths.kinds
+            aim = left if nearest else ratio * left_cost(self.cut, step, self.shapes)
+            gone = take_parameters(self.cut, step, aim, self.order, self.shapes, nearest=nearest)
+            if not gone:
+                names = " and ".join(UNIT_NAMES[kind] for kind in step)
+                self.notes.append(f"no {names} go: the budget is too small for a whole one")
+            left -= gone
+        return left
+
+    def by_parameters(self, given_up: int, left: float) -> dict[str, list[int]]:
+        """Return kept counts of channels and groups, so that ``left`` parameters go with them."""
+        wanted = self.left_to_remove(given_up)
+        counts: dict[str, list[int]] = {}
+        if self.widths.kinds:
+            ratio = equal_share(self.geometry, self.shapes, list(self.scores.values), wanted)
+            counts, left = self.widths.by_parameters(left, ratio)
         if abs(left) > 0.005 * wanted:
             self.notes.append(f"the budget asked for {wanted:,.0f} parameters to go; {wanted - left:,.0f} do")
-        return {kind: counts[kind] for kind in self.scores.values}
+        return counts
 
-    def by_share(self, kind: str, share: float, *, exact: bool) -> list[int]:
-        """Keep units so that ``share`` of a kind's parameters goes; rounded towards keeping unless ``exact``."""
-        sizes = self.sizes(kind)
-        if share >= 1:
-            raise PlanError(
-                f"the budget would need {share:.0%} of the {kind}s. Lower it, or allow more unit kinds in prune.units."
-            )
-        if self.request.is_global:
-            return self.rank_globally(kind, round(share * sum(sizes)) if exact else int(share * sum(sizes)))
-        if self.request.shape == "uniform":
-            self.require_even(kind)
-        return [self.nearest_count(kind, size, size * (1 - share), exact=exact) for size in sizes]
 
-    def nearest_count(self, kind: str, size: int, aim: float, *, exact: bool) -> int:
-        """Return the allowed count for a layer of ``size`` units nearest to ``aim``, or next above unless ``exact``."""
-        allowed = [n for n in range(size, 0, -1) if self.is_allowed(kind, n)]
-        if not exact:
-            return min(n for n in allowed if n >= aim)
-        multiple = self.multiple(kind)
-        steps = [n for n in allowed if n % multiple == 0 or n == size]
-        return min(steps, key=lambda n: (abs(n - aim), -n))
+def equal_share(geometry: Geometry, shapes: Shapes, kinds: Sequence[str], wanted: float) -> float:
+    """Return the share that every kind must give so that ``wanted`` parameters go in all.
+
+    A coarse kind takes its share of the finer ones with it, and the finer ones give the same share of what it leaves.
+
+    Raises:
+        PlanError: the kinds together own no more than that.
+    """
+    blocks = {kind: sum(block_cost(geometry, kind, shapes)) for kind in BLOCK_KINDS}
+    units = {kind: 0 for kind in LAYER_UNIT_KINDS}
+    for kind in set(kinds) & set(LAYER_UNIT_KINDS):
+        costs = cost_per_unit(geometry, kind, shapes)
+        units[kind] = sum(cost * axis.num_units for cost, axis in zip(costs, geometry.axes[kind], strict=True))
+
+    def removed(share: float) -> float:
+        left = {kind: 1 - share if kind in kinds else 1.0 for kind in (*BLOCK_KINDS, *LAYER_UNIT_KINDS)}
+        stays = float(blocks[LAYER] - blocks[ATTENTION] - blocks[FFN])  # what no sub-layer takes with it
+        for sublayer in (ATTENTION, FFN):
+            gone = sum((1 - left[kind]) * units[kind] for kind in units if SUBLAYER_OF[kind] == sublayer)
+            stays += left[sublayer] * (blocks[sublayer] - gone)
+        return blocks[LAYER] - left[LAYER] * stays
+
+    if wanted >= removed(1.0):
+        raise PlanError(
+            f"the budget removes {wanted:,.0f} parameters, but the units that may be cut "
+            f"({', '.join(kinds)}) own {removed(1.0):,.0f}. Lower the budget or add unit kinds."
+        )
+    if not set(kinds) & set(BLOCK_KINDS):
+        return wanted / sum(units.values())
+    low, high = 0.0, 1.0
+    for _ in range(60):
+        middle = (low + high) / 2
+        low, high = (middle, high) if removed(middle) < wanted else (low, middle)
+    return high

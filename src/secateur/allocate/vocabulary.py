@@ -16,7 +16,7 @@ from jaxtyping import Float64, Int64
 from torch import Tensor
 
 from secateur.allocate.budget import Shapes, token_cost
-from secateur.allocate.plan import Request, parameters_to_remove
+from secateur.allocate.request import Request, parameters_to_remove
 from secateur.errors import PlanError
 from secateur.families.geometry import Geometry
 from secateur.records.plan import VocabularyPlan

@@ -11,10 +11,10 @@ import re
 from collections.abc import Mapping
 from typing import Literal
 
-from pydantic import BaseModel, ConfigDict, field_validator, model_validator
+from pydantic import BaseModel, ConfigDict, Field, field_validator, model_validator
 
 from secateur.errors import FamilyError
-from secateur.records.units import LAYER_UNIT_KINDS, PARTS
+from secateur.records.units import BLOCK_KINDS, LAYER_UNIT_KINDS, PARTS
 
 _TOKEN = re.compile(r"\s*([A-Za-z_][A-Za-z0-9_]*|[0-9]+|[*/+])")
 
@@ -132,6 +132,7 @@ class Axis(_Data):
         members: every weight slice that goes with a unit, the reader's columns included.
         config: configuration keys to write after a cut, as expressions over ``units`` and the dense dimensions.
         divisor: what the stock configuration class demands of the number that stays, if anything.
+        per_group: units in each of the consecutive groups that must keep the same number of them, if there are groups.
         fixed: why these units cannot be cut in this family; statistics are taken all the same.
     """
 
@@ -143,6 +144,7 @@ class Axis(_Data):
     members: tuple[Member, ...] = ()
     config: dict[str, str] = {}
     divisor: Divisor | None = None
+    per_group: str | None = None
     fixed: str | None = None
 
     @field_validator("name")
@@ -155,8 +157,56 @@ class Axis(_Data):
     @model_validator(mode="after")
     def _cut_or_fixed(self) -> Axis:
         cut = self.members and self.config
-        if (self.members or self.config or self.divisor) if self.fixed else not cut:
+        if (self.members or self.config or self.divisor or self.per_group) if self.fixed else not cut:
             raise ValueError("an axis has members and config to cut, or says in `fixed` why it has none")
+        return self
+
+
+class SubLayer(_Data):
+    """One branch that adds to the residual stream: its modules inside a layer, and the norms that serve only it."""
+
+    modules: tuple[str, ...] = Field(min_length=1)
+    norms: tuple[str, ...] = ()
+
+
+class FixedBlock(_Data):
+    """Why some blocks cannot be taken out, where configuration keys have certain values (always, if none is named)."""
+
+    units: tuple[str, ...] = Field(min_length=1)
+    reason: str
+    when: dict[str, bool | int | str] = {}
+
+    @field_validator("units")
+    @classmethod
+    def _known_kinds(cls, value: tuple[str, ...]) -> tuple[str, ...]:
+        unknown = sorted(set(value) - set(BLOCK_KINDS))
+        if unknown:
+            raise ValueError(f"unknown unit kinds {unknown}; known: {', '.join(BLOCK_KINDS)}")
+        return value
+
+
+class Blocks(_Data):
+    """What is taken out with a sub-layer or a whole layer.
+
+    Attributes:
+        attention: the attention sub-layer.
+        ffn: the feed-forward sub-layer.
+        per_layer: configuration keys of lists with one entry per layer; they are cut with the layers.
+        layer_types: which of these lists names each layer's type of attention; caches count the text's length in the
+            first layer of every type.
+        fixed: blocks that cannot be taken out.
+    """
+
+    attention: SubLayer
+    ffn: SubLayer
+    per_layer: tuple[str, ...] = ()
+    layer_types: str | None = None
+    fixed: tuple[FixedBlock, ...] = ()
+
+    @model_validator(mode="after")
+    def _types_are_per_layer(self) -> Blocks:
+        if self.layer_types is not None and self.layer_types not in self.per_layer:
+            raise ValueError(f"layer_types names {self.layer_types!r}, which is not one of the lists under per_layer")
         return self
 
 
@@ -174,6 +224,8 @@ class Family(_Data):
             in ``position_ids``) or ``mask`` (a mask must be passed).
         dimensions: sizes, by the field's words.
         parts: module name prefixes (inside the model or inside a layer) per part of the model.
+        blocks: the sub-layers, and what belongs to whole layers. ``num_layers`` under ``dimensions`` is read from the
+            configuration key that counts them.
         axes: the unit kinds.
     """
 
@@ -185,6 +237,7 @@ class Family(_Data):
     packing: Literal["positions", "mask"] = "positions"
     dimensions: dict[str, Dimension]
     parts: dict[str, tuple[str, ...]]
+    blocks: Blocks
     axes: tuple[Axis, ...]
 
     @model_validator(mode="after")
@@ -194,6 +247,8 @@ class Family(_Data):
             raise ValueError(f"unknown parts {sorted(unknown)}; known: {', '.join(PARTS)}")
         if not self.vocabulary or getattr(self.dimensions.get("vocab_size"), "config", None) is None:
             raise ValueError("a family names its vocabulary modules, and the configuration key of vocab_size")
+        if getattr(self.dimensions.get("num_layers"), "config", None) is None:
+            raise ValueError("a family names the configuration key of num_layers")
         names = [axis.name for axis in self.axes]
         if sorted(names) != sorted(LAYER_UNIT_KINDS):
             raise ValueError(f"a family describes each of {', '.join(LAYER_UNIT_KINDS)} once; got {', '.join(names)}")

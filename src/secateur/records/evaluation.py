@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass, field
 from typing import Any
 
@@ -72,6 +72,10 @@ class ModelScore:
     def total_parameters(self) -> int:
         """All parameters."""
         return sum(self.parameters.values())
+
+
+CONFIDENCE_95 = 1.645
+"""Standard errors above a mean that a normal variable exceeds once in twenty times."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -206,6 +210,17 @@ def paired_bits_per_byte(first: TextScore, second: TextScore) -> PairedDifferenc
     return _paired([delta / math.log(2) for delta in _nll_differences(first, second)], second.document_bytes)
 
 
+def relative_rise(first: TextScore, second: TextScore) -> PairedDifference:
+    """Return by what part of the second model's loss the first one's is higher, on the same documents.
+
+    The loss is that of whole documents, so models with other tokenizers compare as they should.
+
+    Raises:
+        ValueError: the scores come from different text.
+    """
+    return _paired(_nll_differences(first, second), second.document_nll)
+
+
 def _nll_differences(first: TextScore, second: TextScore) -> list[float]:
     """Return the difference in summed nats per document; both scores must be of the same documents."""
     known = bool(first.document_bytes and second.document_bytes)  # not in records from before there were bytes
@@ -217,12 +232,12 @@ def _nll_differences(first: TextScore, second: TextScore) -> list[float]:
     return [a - b for a, b in zip(first.document_nll, second.document_nll, strict=True)]
 
 
-def _paired(deltas: list[float], sizes: tuple[int, ...]) -> PairedDifference:
+def _paired(deltas: list[float], sizes: Sequence[int] | Sequence[float]) -> PairedDifference:
     mean, stderr = ratio_estimate(deltas, sizes)
     return PairedDifference(mean, stderr)
 
 
-def ratio_estimate(totals: list[float] | tuple[float, ...], sizes: tuple[int, ...] | list[int]) -> tuple[float, float]:
+def ratio_estimate(totals: Sequence[float], sizes: Sequence[int] | Sequence[float]) -> tuple[float, float]:
     """Return sum(totals) / sum(sizes) and its standard error, with the pairs as independent draws.
 
     Linearised (delta-method) variance of a ratio: sum of (t - r s)^2 times n / (n - 1), over (sum s)^2. With a single

@@ -13,10 +13,10 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Protocol, runtime_checkable
 
-from jaxtyping import Float
+from jaxtyping import Float, Int64
 from torch import Tensor
 
-from secateur.records.statistics import SiteKey
+from secateur.records.units import SiteKey
 
 
 @runtime_checkable
@@ -41,6 +41,21 @@ class GramsInMemory:
     def load(self, site: SiteKey) -> Float[Tensor, "channels channels"]:
         """Return the sum at a site."""
         return self.sums[site]
+
+
+@dataclass(frozen=True, slots=True)
+class BucketGrams:
+    """The Gram matrices of one bucket of text, in memory.
+
+    Attributes:
+        calibration: of the text that is fitted to.
+        validation: of other text, which judges the fit.
+        documents: 63-bit hashes of the validation text's documents; evaluation excludes them.
+    """
+
+    calibration: GramsInMemory
+    validation: GramsInMemory
+    documents: Int64[Tensor, " documents"]
 
 
 @dataclass(frozen=True, slots=True)
@@ -92,3 +107,17 @@ class SummedGrams:
 def merge_grams(first: Grams, second: Grams) -> SummedGrams:
     """Return the Gram matrices of both shards together; they must come from the same model and sites."""
     return SummedGrams(first, second)
+
+
+def effective_tokens(counts: Sequence[int], shares: Sequence[float]) -> float:
+    """Return how many equally weighted tokens say as much about a mean as a mixture of texts does.
+
+    That is 1 / sum(share^2 / count): all tokens where the shares follow the counts, fewer the more they differ.
+
+    Source: the effective sample size of Kish 1965, Survey Sampling.
+
+    Args:
+        counts: tokens of each text, above 0.
+        shares: weight of each text's mean; they add up to 1.
+    """
+    return 1.0 / sum(share**2 / count for count, share in zip(counts, shares, strict=True))

@@ -11,9 +11,9 @@ from itertools import pairwise
 from typing import Any
 
 from secateur.errors import PlanError
-from secateur.records.units import LAYER_UNIT_KINDS
+from secateur.records.units import AXIS_OF, LAYER_UNIT_KINDS, SITE_KINDS
 
-SCHEMA_VERSION = 2
+SCHEMA_VERSION = 3
 SHAPES = ("uniform", "uneven")
 
 
@@ -49,7 +49,8 @@ class LayerPlan:
 
     Attributes:
         num_units: units before the cut.
-        keep: indices of the units that stay, ascending, without repeats.
+        keep: indices of the units that stay, ascending, without repeats. Where none does, the whole sub-layer goes,
+            with biases and norms of its own.
         constants: input channels of the reading projection that go although they are not zero but constant on the
             calibration text, with that constant: (channel, value); folded into the projection's bias.
         lowest_kept: lowest score among the kept units (None: the method gave none).
@@ -63,14 +64,23 @@ class LayerPlan:
     highest_removed: float | None = None
 
     def __post_init__(self) -> None:
-        if not self.keep:
-            raise PlanError(f"plan keeps 0 of {self.num_units} units in a layer; at least one must stay.")
-        _require_ascending("units", self.keep, self.num_units)
+        if self.keep:
+            _require_ascending("units", self.keep, self.num_units)
 
     @property
     def num_removed(self) -> int:
         """Units that go."""
         return self.num_units - len(self.keep)
+
+    @property
+    def is_narrowed(self) -> bool:
+        """Whether some units go and some stay."""
+        return 0 < len(self.keep) < self.num_units
+
+    @property
+    def is_removed(self) -> bool:
+        """Whether the whole sub-layer goes; one that the model does not have any more does not go again."""
+        return self.num_units > 0 and not self.keep
 
 
 def _require_ascending(what: str, keep: Sequence[int], limit: int) -> None:
@@ -125,11 +135,15 @@ class Plan:
         shape: ``uniform`` (same widths in every layer) or ``uneven``.
         method: scoring method, and its ``options``.
         budget: the budget as asked, for example ``{"channels": 0.1}``.
-        layers: per unit kind, one entry per layer.
+        layers: per unit kind, one entry per layer. A layer of which neither channels nor groups stay goes entirely, and
+            later layers move up; that needs entries for both. Entries for query heads may stand beside them.
         vocabulary: which token ids stay; None where all do.
         parameters_dense: parameters by part before, ``parameters_pruned`` after.
         calibrated_on: names of the buckets, and ``calibration_tokens`` their size.
+        mix: share of each of them in every mean; empty where every token counts the same.
         notes: sentences on what was rounded or could not be met exactly.
+        depth_method: scoring method of whole layers and sub-layers, and its ``depth_options``; empty where none were
+            asked for.
     """
 
     family: str
@@ -144,7 +158,10 @@ class Plan:
     vocabulary: VocabularyPlan | None = None
     calibrated_on: Sequence[str] = ()
     calibration_tokens: int = 0
+    mix: Mapping[str, float] = field(default_factory=dict)
     notes: Sequence[str] = field(default_factory=tuple)
+    depth_method: str = ""
+    depth_options: Mapping[str, Any] = field(default_factory=dict)
     schema_version: int = SCHEMA_VERSION
 
     def __post_init__(self) -> None:
@@ -153,14 +170,47 @@ class Plan:
             raise PlanError(f"plan names unknown unit kinds {sorted(unknown)}; known: {', '.join(LAYER_UNIT_KINDS)}.")
         if self.shape not in SHAPES:
             raise PlanError(f"plan has shape {self.shape!r}; known: {', '.join(SHAPES)}.")
+        lengths = {len(layers) for layers in self.layers.values()}
+        if len(lengths) > 1:
+            raise PlanError(f"plan has entries for {' and '.join(map(str, sorted(lengths)))} layers. Plan again.")
+        if lengths and len(self.removed_layers) == max(lengths):
+            raise PlanError(f"plan removes all {max(lengths)} layers; at least one must stay.")
         if self.shape == "uniform":
-            for kind, layers in self.layers.items():
-                widths = sorted({len(layer.keep) for layer in layers})
-                if len(widths) > 1:
-                    raise PlanError(
-                        f"plan has shape uniform but keeps between {widths[0]} and {widths[-1]} {kind}s per layer; "
-                        "set shape to uneven, or keep the same number everywhere."
-                    )
+            self._require_uniform()
+
+    def _require_uniform(self) -> None:
+        gone = set(self.removed_layers)
+        for kind, layers in self.layers.items():
+            widths = sorted({len(layer.keep) for index, layer in enumerate(layers) if index not in gone})
+            if widths[0] == 0:
+                raise PlanError(
+                    "plan has shape uniform but takes a sub-layer out of a layer that stays "
+                    f"({kind}s: none kept); set shape to uneven, or remove whole layers only."
+                )
+            if len(widths) > 1:
+                raise PlanError(
+                    f"plan has shape uniform but keeps between {widths[0]} and {widths[-1]} {kind}s per layer; "
+                    "set shape to uneven, or keep the same number everywhere."
+                )
+
+    @property
+    def removed_layers(self) -> tuple[int, ...]:
+        """Indices of the layers that go entirely."""
+        if not set(SITE_KINDS) <= set(self.layers):
+            return ()
+        both = zip(*(self.layers[kind] for kind in SITE_KINDS), strict=True)
+        return tuple(index for index, pair in enumerate(both) if not any(layer.keep for layer in pair))
+
+    def removed_sublayers(self, kind: str) -> tuple[int, ...]:
+        """Return the layers that stay but lose their whole ``attention`` or ``ffn`` sub-layer."""
+        gone = set(self.removed_layers)
+        entries = enumerate(self.layers.get(AXIS_OF[kind], ()))
+        return tuple(index for index, layer in entries if layer.is_removed and index not in gone)
+
+    @property
+    def narrows(self) -> bool:
+        """Whether a sub-layer that stays loses some of its units."""
+        return any(layer.is_narrowed for layers in self.layers.values() for layer in layers)
 
     @property
     def total_dense(self) -> int:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections import defaultdict
+from collections import Counter, defaultdict
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from typing import Any
 
@@ -10,9 +10,10 @@ import torch
 from torch import Tensor
 
 from secateur.errors import PlanError
-from secateur.families.geometry import Geometry, Segment, UnitAxis
+from secateur.families.geometry import SKIP_WORDS, Geometry, Segment, UnitAxis, is_inside
 from secateur.families.loader import UNEVEN_PREFIX, dense_model_type
 from secateur.records.plan import LayerPlan, Plan
+from secateur.records.units import ATTENTION, AXIS_OF, FFN, GQA_GROUP, LAYER, LAYER_UNIT_KINDS, QUERY_HEAD, SUBLAYER_OF
 from secateur.shrink.slicing import fold_constants, kept_rows
 from secateur.vocabulary import renumber
 
@@ -24,8 +25,9 @@ def check_plan(plan: Plan, geometry: Geometry) -> None:
 
     Raises:
         PlanError: family, layers, unit counts or vocabulary differ (both sides are named), the stock configuration
-            refuses the counts of a uniform plan, or a constant belongs to a channel that stays.
-        FamilyError: the family cannot cut units that the plan removes.
+            refuses the counts of a uniform plan, a layer that must have attention loses it, groups would keep different
+            numbers of query heads, or a constant belongs to a channel that stays.
+        FamilyError: the family cannot cut units, or take out sub-layers or layers, that the plan removes.
     """
     if plan.family != geometry.family.name:
         raise PlanError(f"the plan is for a {plan.family} model; this is a {geometry.family.name} model. Plan again.")
@@ -43,15 +45,80 @@ def check_plan(plan: Plan, geometry: Geometry) -> None:
                 f"the plan expects {kind} counts {want[:4]}... in {len(want)} layers; the model has {have[:4]}... in "
                 f"{len(have)}. Plan again for this model."
             )
-        if any(layer.num_removed for layer in layers):
+        if any(layer.is_narrowed for layer in layers):
             geometry.require_cuttable([kind])
-        if plan.shape == "uniform" and not geometry.is_allowed(kind, len(layers[0].keep)):
+    _check_blocks(plan, geometry)
+    _check_heads(plan, geometry)
+    gone = set(plan.removed_layers)
+    for kind, layers in plan.layers.items():
+        kept = {len(layer.keep) for index, layer in enumerate(layers) if index not in gone}
+        if plan.shape == "uniform" and not geometry.is_allowed(kind, min(kept)):
             raise PlanError(
-                f"the plan keeps {len(layers[0].keep)} {kind}s per layer, which this family's configuration refuses. "
+                f"the plan keeps {min(kept)} {kind}s per layer, which this family's configuration refuses. "
                 f"Keep one of {geometry.allowed_counts(kind)}, or set shape to uneven."
             )
         for axis, layer in zip(geometry.axes[kind], layers, strict=True):
             _check_constants(axis, layer)
+
+
+def _check_blocks(plan: Plan, geometry: Geometry) -> None:
+    """Refuse the removal of whole sub-layers and layers that the model or its caches cannot do without."""
+    kinds = [kind for kind in (ATTENTION, FFN) if plan.removed_sublayers(kind)]
+    geometry.require_removable([*kinds, *([LAYER] if plan.removed_layers else [])])
+    gone = set(plan.removed_layers)
+    stay = [layer for layer in range(geometry.num_layers) if layer not in gone]
+    left = {kind: [layer for layer in stay if _keeps(plan, geometry, kind, layer)] for kind in (ATTENTION, FFN)}
+    empty = [layer for layer in stay if layer not in left[ATTENTION] and layer not in left[FFN]]
+    if empty:
+        raise PlanError(
+            f"the plan leaves nothing in layer {empty[0]}, but does not say that the layer goes: it lacks entries for "
+            f"{' or '.join(sorted(set(AXIS_OF.values()) - set(plan.layers)))}. Plan again."
+        )
+    bare = geometry.first_without_attention(stay, left[ATTENTION])
+    if bare is not None:
+        kind = geometry.layer_types[bare]
+        raise PlanError(
+            f"the plan leaves layer {bare} without attention, and it would be the first layer"
+            f"{f' of type {kind}' if kind else ''}, where caches read the length of the text. Keep its attention, or "
+            "remove the whole layer and keep the attention of the next."
+        )
+
+
+def _check_heads(plan: Plan, geometry: Geometry) -> None:
+    """Refuse query heads that do not fit the groups they are in, because they would read another key/value head."""
+    if QUERY_HEAD not in plan.layers:
+        return
+    if any(layer.is_narrowed for layer in plan.layers.get(GQA_GROUP, ())):
+        raise PlanError(
+            f"the plan removes both {GQA_GROUP}s and {QUERY_HEAD}s, which are parts of each other. Remove one kind, "
+            "and prune the result again for the other."
+        )
+    for axis, layer in zip(geometry.axes[QUERY_HEAD], plan.layers[QUERY_HEAD], strict=True):
+        if layer.is_removed and _keeps(plan, geometry, ATTENTION, axis.layer):
+            raise PlanError(
+                f"the plan keeps no {QUERY_HEAD} in layer {axis.layer}, but does not say that its attention goes. Keep "
+                f"no {GQA_GROUP} there either, or keep a query head of every group."
+            )
+        if layer.keep and not _keeps(plan, geometry, ATTENTION, axis.layer):
+            raise PlanError(
+                f"the plan takes the attention out of layer {axis.layer}, but keeps {QUERY_HEAD}s there. Keep none."
+            )
+        if axis.per_group is None:
+            continue
+        counts = Counter(unit // axis.per_group for unit in layer.keep)
+        kept = [counts[group] for group in range(axis.num_groups)]
+        if len(set(kept)) > 1:
+            raise PlanError(
+                f"the plan keeps {', '.join(map(str, kept))} {QUERY_HEAD}s in the {axis.num_groups} groups of layer "
+                f"{axis.layer}. Every group must keep as many as the others, or query heads would read another group's "
+                "key/value head."
+            )
+
+
+def _keeps(plan: Plan, geometry: Geometry, kind: str, layer: int) -> bool:
+    """Return whether a layer still has a sub-layer afterwards."""
+    entries = plan.layers.get(AXIS_OF[kind])
+    return bool(entries[layer].keep) if entries is not None else geometry.has_sublayer(kind, layer)
 
 
 def _check_constants(axis: UnitAxis, layer: LayerPlan) -> None:
@@ -80,8 +147,11 @@ def shrink_parameters(
     plan: Plan,
     geometry: Geometry,
     reconstruct: Reconstruct | None = None,
+    refitted: Mapping[str, Tensor] | None = None,
 ) -> Iterator[tuple[str, Tensor]]:
-    """Yield every parameter under its own name, with the rows and columns of removed units and token ids gone.
+    """Yield every parameter that stays, with the rows and columns of removed units and token ids gone.
+
+    Names are the dense ones, except that later layers move up where whole layers go.
 
     Removed channels that were constant on the calibration text are folded into the bias of the projection that read
     them. Parameters are taken one at a time, so they may be read lazily; a bias must not come before its weight.
@@ -92,6 +162,7 @@ def shrink_parameters(
         geometry: of this model.
         reconstruct: gives the weight of a projection that reads removed channels, out of the dense one; None keeps the
             columns of the kept channels as they are.
+        refitted: weights of projections that lose nothing but change all the same, by module, as out x channels.
 
     Raises:
         PlanError: the plan does not fit the model; see also ``check_plan``.
@@ -101,9 +172,12 @@ def shrink_parameters(
     readers = _readers(plan, geometry) if reconstruct is not None else {}
     shifts: dict[str, tuple[Tensor, list[float]]] = {}
     rows_first = geometry.family.weight_layout == "out_in"
+    gone, names = removed_modules(plan, geometry), _NewNames(plan, geometry)
     tokens = None if plan.vocabulary is None else torch.tensor(plan.vocabulary.keep)
     for name, tensor in parameters:
         module, _, leaf = name.rpartition(".")
+        if is_inside(name, gone):
+            continue
         if leaf == "weight" and module in constants:
             matrix = tensor if rows_first else tensor.T
             channels = [channel for channel, _ in constants[module]]
@@ -119,9 +193,12 @@ def shrink_parameters(
             dense = (tensor if rows_first else tensor.T).clone()
             dense[:, [channel for channel, _ in constants.get(module, ())]] = 0.0  # their share is in the bias now
             matrix = reconstruct(axis, keep, dense)
-            yield name, (matrix if rows_first else matrix.T).contiguous()
+            yield names[name], (matrix if rows_first else matrix.T).contiguous()
+        elif refitted and leaf == "weight" and module in refitted:
+            matrix = refitted[module].to(tensor)
+            yield names[name], (matrix if rows_first else matrix.T).contiguous()
         else:
-            yield name, _slice(tensor, leaf, module, cuts, rows_first)
+            yield names[name], _slice(tensor, leaf, module, cuts, rows_first)
     if shifts:
         raise PlanError(f"{min(shifts)} has no bias that could take its removed constants over. Plan again.")
 
@@ -132,8 +209,37 @@ def _readers(plan: Plan, geometry: Geometry) -> dict[str, tuple[UnitAxis, list[i
         axis.reader: (axis, kept_channels(axis, layer.keep))
         for kind, layers in plan.layers.items()
         for axis, layer in zip(geometry.axes[kind], layers, strict=True)
-        if layer.num_removed
+        if layer.is_narrowed
     }
+
+
+def removed_modules(plan: Plan, geometry: Geometry) -> frozenset[str]:
+    """Return the modules that go whole: layers, and sub-layers with the norms of their own in layers that stay."""
+    blocks = [(LAYER, layer) for layer in plan.removed_layers]
+    blocks += [(kind, layer) for kind in (ATTENTION, FFN) for layer in plan.removed_sublayers(kind)]
+    return frozenset(module for block in blocks for module in geometry.block_modules(*block))
+
+
+class _NewNames:
+    """Dense parameter names to pruned ones: layers are numbered anew where some go."""
+
+    def __init__(self, plan: Plan, geometry: Geometry) -> None:
+        self._geometry = geometry
+        self._index = new_layer_indices(plan, geometry)
+
+    def __getitem__(self, name: str) -> str:
+        layer = self._geometry.layer_of(name)
+        if layer is None:
+            return name
+        rest = name.removeprefix(self._geometry.layer_name(layer))
+        return self._geometry.layer_name(self._index[layer]) + rest
+
+
+def new_layer_indices(plan: Plan, geometry: Geometry) -> dict[int, int]:
+    """Return the new index of every layer that stays, by its dense one."""
+    gone = set(plan.removed_layers)
+    stay = (layer for layer in range(geometry.num_layers) if layer not in gone)
+    return {layer: index for index, layer in enumerate(stay)}
 
 
 def _cuts(plan: Plan, geometry: Geometry) -> tuple[_Cuts, dict[str, list[tuple[int, float]]]]:
@@ -141,7 +247,7 @@ def _cuts(plan: Plan, geometry: Geometry) -> tuple[_Cuts, dict[str, list[tuple[i
     constants: dict[str, list[tuple[int, float]]] = {}
     for kind, layers in plan.layers.items():
         for axis, layer in zip(geometry.axes[kind], layers, strict=True):
-            if layer.num_removed == 0:
+            if not layer.is_narrowed:
                 continue
             for segment in axis.segments:
                 cuts[segment.module, segment.side].append((segment, axis.num_units, layer.keep))
@@ -164,9 +270,10 @@ def _slice(tensor: Tensor, leaf: str, module: str, cuts: _Cuts, rows_first: bool
 def shrink_config(config: Mapping[str, Any], plan: Plan, geometry: Geometry) -> dict[str, Any]:
     """Return the configuration of the pruned model as plain data.
 
-    Uniform plans keep the stock model type. Uneven plans, and any plan for a model that is uneven already, get our own
-    model type and ``per_layer_config`` in transformers' vocabulary, holding every layer that differs from the
-    configuration's own values. Where token ids go, every id that the configuration names is renumbered.
+    Uniform plans keep the stock model type, with fewer layers where some go. Uneven plans, and any plan for a model
+    that is uneven already, get our own model type and ``per_layer_config`` in transformers' vocabulary, holding every
+    layer that differs from the configuration's own values; a sub-layer that a layer lacks is named under ``skip``.
+    Where token ids go, every id that the configuration names is renumbered.
 
     Raises:
         TokenizerError: the configuration names a token id that does not stay.
@@ -174,21 +281,44 @@ def shrink_config(config: Mapping[str, Any], plan: Plan, geometry: Geometry) -> 
     pruned = dict(config)
     if plan.vocabulary is not None:
         pruned = renumber(config, plan.vocabulary.keep) | geometry.vocabulary_updates(len(plan.vocabulary.keep))
+    indices = new_layer_indices(plan, geometry)
+    if plan.removed_layers:
+        pruned |= _fewer_layers(config, geometry, list(indices))
     if plan.shape == "uniform" and not config.get("per_layer_config"):
-        for kind, layers in plan.layers.items():
-            pruned.update(geometry.config_updates(kind, len(layers[0].keep)))
+        first = next(iter(indices))
+        for kind in LAYER_UNIT_KINDS:  # query heads after their groups, which may be listed whole
+            if kind in plan.layers:
+                pruned.update(geometry.config_updates(kind, len(plan.layers[kind][first].keep)))
         return pruned
-    overrides: dict[str, dict[str, Any]] = {
-        str(layer): dict(values) for layer, values in (config.get("per_layer_config") or {}).items()
-    }
-    for kind, layers in plan.layers.items():
-        for index, layer in enumerate(layers):
-            if layer.num_removed:
-                overrides.setdefault(str(index), {}).update(geometry.config_updates(kind, len(layer.keep)))
-    pruned["per_layer_config"] = {key: overrides[key] for key in sorted(overrides, key=int)}
+    overrides = _overrides(config, plan, geometry)
+    pruned["per_layer_config"] = {str(new): overrides[old] for old, new in indices.items() if old in overrides}
     pruned["model_type"] = UNEVEN_PREFIX + dense_model_type(str(config["model_type"]))
     pruned.pop("architectures", None)
     return pruned
+
+
+def _fewer_layers(config: Mapping[str, Any], geometry: Geometry, stay: Sequence[int]) -> dict[str, Any]:
+    """Return the keys of a configuration that count layers or have one entry per layer, for the layers that stay."""
+    lists = {key: config.get(key) for key in geometry.family.blocks.per_layer}
+    updates: dict[str, Any] = {key: [value[layer] for layer in stay] for key, value in lists.items() if value}
+    return updates | geometry.num_layers_updates(len(stay))
+
+
+def _overrides(config: Mapping[str, Any], plan: Plan, geometry: Geometry) -> dict[int, dict[str, Any]]:
+    """Return what differs from the configuration's own values, by the dense index of a layer."""
+    overrides: dict[int, dict[str, Any]] = {
+        int(layer): dict(values) for layer, values in (config.get("per_layer_config") or {}).items()
+    }
+    for kind, layers in plan.layers.items():
+        for index, layer in enumerate(layers):
+            if layer.is_narrowed:
+                overrides.setdefault(index, {}).update(geometry.config_updates(kind, len(layer.keep), index))
+            elif layer.is_removed:
+                own = overrides.setdefault(index, {})
+                for key in geometry.config_updates(kind, layer.num_units, index):
+                    own.pop(key, None)
+                own["skip"] = sorted({*own.get("skip", ()), SKIP_WORDS[SUBLAYER_OF[kind]]})
+    return overrides
 
 
 def shrink_generation_config(config: Mapping[str, Any], plan: Plan) -> dict[str, Any]:

@@ -5,8 +5,8 @@ text changes as little as it can. It is one exact linear solve per projection, n
 decided elsewhere. Gram matrices may be means or sums over tokens: a factor common to the matrices of one text cancels,
 because the ridge is relative to the Gram matrix and errors are relative to the output.
 
-There are two forms. With one stream, x is what the projection receives in the dense model. With two streams, x~ is what
-it receives in the model pruned so far and x what it receives in the dense model; the dense output is still the target.
+There are two forms. With one stream, x is what the projection receives in the dense model, and its dense output W x is
+what is wanted. With a target, x~ is what it receives in the model pruned so far, and t, whatever is wanted of it there.
 
 Source: ridge regression towards the present weight, as Tyr-the-Pruner (arXiv 2503.09657) and OSSCAR (arXiv 2403.12983)
 use it with the ridge fixed at 0.01. Where we differ: the ridge is chosen on held-out text, and where none helps there
@@ -60,28 +60,27 @@ def reconstruct(
     keep: Int64[Tensor, " kept"],
     *,
     ridge: float,
-    cross: Float[Tensor, "channels channels"] | None = None,
+    target: Float[Tensor, "out channels"] | None = None,
 ) -> Float[Tensor, "out kept"]:
-    """Return the weight V of the kept channels that minimises E||W x - V x~_K||^2 + r ||V - W_K||^2.
+    """Return the weight V of the kept channels that minimises E||t - V x~_K||^2 + r ||V - W_K||^2.
 
-    r is ``ridge`` times the mean square of a kept channel. Where every channel is kept, the weight is given back as it
-    is, whatever the streams.
+    r is ``ridge`` times the mean square of a kept channel. Where every channel is kept and there is no target, the
+    weight is given back as it is.
 
     Args:
         weight: W, of the dense projection.
         gram: E[x~ x~T] on the stream the pruned model will see; symmetric up to rounding.
         keep: the input channels that stay, distinct; columns of the result are in this order.
         ridge: 0 or more; higher stays nearer to the dense weight.
-        cross: E[x~ xT], rows of the pruned stream against columns of the dense stream, on the same tokens and scale as
-            ``gram``; None where there is one stream.
+        target: E[t x~T], on the same tokens and scale as ``gram``; None where t = W x~.
 
     Raises:
         PlanError: the kept channels' Gram matrix is singular at this ridge, or a statistic is not finite.
     """
     keep = _checked(keep, weight)
-    if len(keep) == weight.shape[1]:
+    if target is None and len(keep) == weight.shape[1]:
         return weight.index_select(1, keep)
-    fit = _normal_equations(weight, gram, keep, cross)
+    fit = _normal_equations(weight, gram, keep, target)
     return (fit.kept + _solve(fit, keep, ridge)).to(weight.dtype)
 
 
@@ -92,27 +91,27 @@ def output_error(
     gram: Float[Tensor, "channels channels"],
     keep: Int64[Tensor, " kept"],
     *,
-    cross: Float[Tensor, "channels channels"] | None = None,
-    dense: Float[Tensor, "channels channels"] | None = None,
+    target: Float[Tensor, "out channels"] | None = None,
+    power: float | None = None,
 ) -> float:
-    """Return E||W x - V x~_K||^2 / E||W x||^2, the relative squared output error on the text behind ``gram``.
+    """Return E||t - V x~_K||^2 / E||t||^2, the relative squared output error on the text behind ``gram``.
 
-    With one stream this is tr(E H ET) / tr(W H WT), E being the difference on all channels. It is accurate to about
+    Without a target this is tr(E H ET) / tr(W H WT), E being the difference on all channels. It is accurate to about
     1e-14, or to the rounding of the statistics where they are narrower than float64.
 
     Args:
         weight: W, of the dense projection.
         kept_weight: V, in the order of ``keep``.
-        gram: E[x~ x~T]; with one stream E[x xT].
+        gram: E[x~ x~T].
         keep: the input channels that stay, distinct.
-        cross: with two streams, E[x~ xT].
-        dense: with two streams, E[x xT].
+        target: E[t x~T]; None where t = W x~.
+        power: with a target, E||t||^2.
 
     Raises:
         PlanError: a statistic is not finite.
     """
     keep = _checked(keep, weight)
-    loss = _loss(weight, gram, keep, cross, dense, "Gram matrix")
+    loss = _loss(weight, gram, keep, target, power, "Gram matrix")
     return loss.relative(kept_weight.double() - loss.normal.kept)
 
 
@@ -124,40 +123,38 @@ def choose_reconstruction(
     keep: Int64[Tensor, " kept"],
     *,
     ridges: Sequence[float] = RIDGES,
-    cross: Float[Tensor, "channels channels"] | None = None,
-    held_out_cross: Float[Tensor, "channels channels"] | None = None,
-    held_out_dense: Float[Tensor, "channels channels"] | None = None,
+    target: Float[Tensor, "out channels"] | None = None,
+    held_out_target: Float[Tensor, "out channels"] | None = None,
+    held_out_power: float | None = None,
 ) -> Reconstruction:
     """Return the reconstruction with the least output error on held-out text, which may be no change at all.
 
     Each ridge is fitted on ``gram`` and measured as rounded to the weight's dtype. The first of equally good ridges
-    wins; where none is better than the dense columns, those stay. Where every channel is kept, nothing is fitted.
+    wins; where none is better than the dense columns, those stay. Where every channel is kept and there is no target,
+    nothing is fitted.
 
     Args:
         weight: W, of the dense projection.
-        gram: E[x~ x~T] of the calibration text; with one stream E[x xT].
+        gram: E[x~ x~T] of the calibration text.
         held_out: the same of held-out text.
         keep: the input channels that stay, distinct.
         ridges: the ridges to try, relative.
-        cross: with two streams, E[x~ xT] of the calibration text.
-        held_out_cross: with two streams, E[x~ xT] of the held-out text.
-        held_out_dense: with two streams, E[x xT] of the held-out text.
+        target: E[t x~T] of the calibration text; None where t = W x~.
+        held_out_target: with a target, E[t x~T] of the held-out text.
+        held_out_power: with a target, E||t||^2 of the held-out text.
 
     Raises:
         PlanError: the kept channels' Gram matrix is singular at one of the ridges, or a statistic is not finite.
     """
-    assert (cross is None) == (held_out_cross is None), "two streams need the cross matrices of both texts"
+    assert (target is None) == (held_out_target is None), "a target is needed on both texts"
     assert len(ridges) > 0, "no ridge to try"
     keep = _checked(keep, weight)
-    everything = len(keep) == weight.shape[1]
-    if everything and cross is None:
+    if target is None and len(keep) == weight.shape[1]:
         return Reconstruction(weight.index_select(1, keep), None, 0.0, 0.0)
-    loss = _loss(weight, held_out, keep, held_out_cross, held_out_dense, "held-out Gram matrix")
+    loss = _loss(weight, held_out, keep, held_out_target, held_out_power, "held-out Gram matrix")
     before = loss.relative(torch.zeros_like(loss.normal.kept))
     best = Reconstruction(weight.index_select(1, keep), None, before, before)
-    if everything:
-        return best
-    fit = _normal_equations(weight, gram, keep, cross)
+    fit = _normal_equations(weight, gram, keep, target)
     for ridge in ridges:
         # A Cholesky per ridge: five cost less than the one eigendecomposition that would serve them all
         # (0.41 s against 0.50 s at 1,200 kept channels, 12.7 s against 19.6 s at 4,000, one thread).
@@ -172,7 +169,7 @@ def choose_reconstruction(
 class _NormalEquations:
     """What the best change of the kept columns solves: change @ gram = residual.
 
-    ``kept`` is W_K, ``gram`` is E[x~_K x~_KT] and ``residual`` is E[(W x - W_K x~_K) x~_KT].
+    ``kept`` is W_K, ``gram`` is E[x~_K x~_KT] and ``residual`` is E[(t - W_K x~_K) x~_KT].
     """
 
     kept: Float64[Tensor, "out kept"]
@@ -184,7 +181,7 @@ class _NormalEquations:
 class _Loss:
     """The squared output error as a function of the change of the kept columns.
 
-    ``error`` is that of no change, E||W x - W_K x~_K||^2, and ``output`` is E||W x||^2.
+    ``error`` is that of no change, E||t - W_K x~_K||^2, and ``output`` is E||t||^2.
     """
 
     normal: _NormalEquations
@@ -226,32 +223,31 @@ def _removed(keep: Tensor, channels: int) -> Int64[Tensor, " removed"]:
     return (~stays).nonzero()[:, 0]
 
 
-def _normal_equations(weight: Tensor, gram: Tensor, keep: Tensor, cross: Tensor | None) -> _NormalEquations:
+def _normal_equations(weight: Tensor, gram: Tensor, keep: Tensor, target: Tensor | None) -> _NormalEquations:
     kept = weight.index_select(1, keep).double()
     kept_gram = _symmetric_block(gram, keep, keep)
-    if cross is None:
+    if target is None:
         removed = _removed(keep, weight.shape[1])
         # Without the kept channels' own part, which would cancel.
         residual = weight.index_select(1, removed).double() @ _symmetric_block(gram, removed, keep)
     else:
-        residual = weight.double() @ cross.index_select(0, keep).double().T - kept @ kept_gram
+        residual = target.index_select(1, keep).double() - kept @ kept_gram
     return _NormalEquations(kept, kept_gram, residual)
 
 
-def _loss(weight: Tensor, gram: Tensor, keep: Tensor, cross: Tensor | None, dense: Tensor | None, name: str) -> _Loss:
+def _loss(weight: Tensor, gram: Tensor, keep: Tensor, target: Tensor | None, power: float | None, name: str) -> _Loss:
     """Return the loss on the text behind ``gram``; ``name`` says in errors which one it is."""
-    assert (cross is None) == (dense is None), "two streams need the cross and the dense Gram matrix"
-    normal = _normal_equations(weight, gram, keep, cross)
+    assert (target is None) == (power is None), "a target comes with its power"
+    normal = _normal_equations(weight, gram, keep, target)
     kept_output = _dot(normal.kept @ normal.gram, normal.kept)
     kept_residual = _dot(normal.residual, normal.kept)
-    if dense is None:
+    if power is None:
         removed = _removed(keep, weight.shape[1])
         lost = weight.index_select(1, removed).double()
         error = _dot(lost @ _symmetric_block(gram, removed, removed), lost)
         output = error + 2 * kept_residual + kept_output
     else:
-        wide = weight.double()
-        output = _dot(wide @ dense.double(), wide)
+        output = power
         error = output - 2 * kept_residual - kept_output
     if not (math.isfinite(error) and math.isfinite(output)):
         raise PlanError(_not_finite(name, len(keep)))

@@ -20,11 +20,14 @@ from torch import Tensor
 
 from secateur.errors import CheckpointError, ExportError
 from secateur.files import replacing
+from secateur.records.gradients import SUMS, GradientStatistics, UnitGradients
 from secateur.records.scores import Scores
-from secateur.records.statistics import BucketStatistics, Moments
+from secateur.records.statistics import BucketStatistics, Moments, SequenceSums
 from secateur.records.token_counts import TokenCounts
+from secateur.records.units import ATTENTION, FFN
 
-STATISTICS_VERSION = 1
+STATISTICS_VERSION = 2
+GRADIENTS_VERSION = 1
 TOKEN_COUNTS_VERSION = 1
 _DISK_FULL = "the disk is full: {} could not be written. Free space, or choose another output."
 
@@ -140,6 +143,12 @@ def write_statistics(path: Path, statistics: BucketStatistics, metadata: Mapping
         place = f"moments/{layer}/{tap}"
         tensors |= {f"{place}/sum": moments.sum, f"{place}/sum_abs": moments.sum_abs, f"{place}/sum_sq": moments.sum_sq}
         counts[place] = moments.count
+    sequence_counts = {}
+    for (layer, tap), sequences in statistics.sequences.items():
+        place = f"sequences/{layer}/{tap}"
+        tensors[f"{place}/mean_abs_sq"] = sequences.mean_abs_sq
+        sequence_counts[place] = sequences.count
+    tensors |= {f"sublayer_cosine_sum/{kind}": total for kind, total in statistics.sublayer_cosine_sum.items()}
     for (layer, tap), total in statistics.linear_abs.items():
         tensors[f"linear_abs/{layer}/{tap}"] = total
     plain = {
@@ -149,6 +158,7 @@ def write_statistics(path: Path, statistics: BucketStatistics, metadata: Mapping
         "corpus_fingerprint": statistics.corpus_fingerprint,
         "tokens_per_s": statistics.tokens_per_s,
         "counts": counts,
+        "sequence_counts": sequence_counts,
     }
     _write_tensors(path, tensors, {**plain, **metadata})
 
@@ -170,14 +180,20 @@ def read_statistics(path: Path) -> tuple[BucketStatistics, dict[str, Any]]:
             )
             for place, count in metadata["counts"].items()
         }
+        sequences = {
+            _site(place): SequenceSums(count, tensors[f"{place}/mean_abs_sq"])
+            for place, count in metadata["sequence_counts"].items()
+        }
         linear = {_site(name): tensor for name, tensor in tensors.items() if name.startswith("linear_abs/")}
         statistics = BucketStatistics(
             num_tokens=metadata["num_tokens"],
             num_blocks=metadata["num_blocks"],
             token_counts=tensors["token_counts"],
             moments=dict(sorted(moments.items())),
+            sequences=dict(sorted(sequences.items())),
             linear_abs=dict(sorted(linear.items())),
             cosine_sum=tensors["cosine_sum"],
+            sublayer_cosine_sum={kind: tensors[f"sublayer_cosine_sum/{kind}"] for kind in (ATTENTION, FFN)},
             documents=tensors["documents"],
             corpus_fingerprint=metadata["corpus_fingerprint"],
             tokens_per_s=metadata["tokens_per_s"],
@@ -185,6 +201,41 @@ def read_statistics(path: Path) -> tuple[BucketStatistics, dict[str, Any]]:
     except KeyError as error:
         raise CheckpointError(f"{path} lacks {error}. Delete it and calibrate again.") from None
     return statistics, metadata
+
+
+def write_gradients(path: Path, gradients: GradientStatistics, metadata: Mapping[str, Any]) -> None:
+    """Write one bucket's gradient sums as ``path`` (.safetensors) and a JSON file beside it."""
+    tensors: dict[str, Tensor] = {}
+    counts: dict[str, int] = {}
+    for (layer, kind), units in gradients.units.items():
+        place = f"units/{layer}/{kind}"
+        tensors |= {f"{place}/{name}": getattr(units, name) for name in SUMS}
+        if units.output is not None:
+            tensors[f"{place}/output"] = units.output
+        counts[place] = units.count
+    plain = {"schema_version": GRADIENTS_VERSION, "num_tokens": gradients.num_tokens, "counts": counts}
+    _write_tensors(path, tensors, {**plain, **metadata})
+
+
+def read_gradients(path: Path) -> GradientStatistics:
+    """Return the gradient sums that ``write_gradients`` wrote.
+
+    Raises:
+        CheckpointError: the files are missing, broken, or of another version.
+    """
+    metadata, tensors = read_json(path.with_suffix(".json")), _read_tensors(path)
+    if metadata.get("schema_version") != GRADIENTS_VERSION:
+        raise CheckpointError(f"{path} has another version of the gradients. Delete it; it will be made again.")
+    try:
+        units = {
+            _site(place): UnitGradients(
+                count, **{name: tensors[f"{place}/{name}"] for name in SUMS}, output=tensors.get(f"{place}/output")
+            )
+            for place, count in metadata["counts"].items()
+        }
+        return GradientStatistics(metadata["num_tokens"], units)
+    except KeyError as error:
+        raise CheckpointError(f"{path} lacks {error}. Delete it; it will be made again.") from None
 
 
 def write_token_counts(path: Path, counts: TokenCounts, metadata: Mapping[str, Any]) -> None:
@@ -232,6 +283,9 @@ def write_scores(path: Path, scores: Scores) -> None:
             "buckets": list(scores.buckets),
             "layers": {kind: len(layers) for kind, layers in scores.values.items()},
             "inputs_fingerprint": scores.inputs_fingerprint,
+            "depth_method": scores.depth_method,
+            "depth_options": dict(scores.depth_options),
+            "cumulative": scores.cumulative,
         },
     )
 
@@ -246,7 +300,14 @@ def read_scores(path: Path) -> Scores:
     try:
         values = {kind: [tensors[f"{kind}/{i}"] for i in range(count)] for kind, count in metadata["layers"].items()}
         return Scores(
-            metadata["method"], metadata["options"], tuple(metadata["buckets"]), values, metadata["inputs_fingerprint"]
+            metadata["method"],
+            metadata["options"],
+            tuple(metadata["buckets"]),
+            values,
+            metadata["inputs_fingerprint"],
+            metadata["depth_method"],
+            metadata["depth_options"],
+            metadata["cumulative"],
         )
     except KeyError as error:
         raise CheckpointError(f"{path} lacks {error}. Delete it; it will be made again.") from None

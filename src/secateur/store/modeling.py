@@ -1,9 +1,11 @@
-"""transformers classes for models whose layers differ in width, under our own model type (``pruned_llama`` ...).
+"""transformers classes for models whose layers differ, under our own model type (``pruned_llama`` ...).
 
 A stock class gives every layer the same configuration. Ours builds the stock model and then each layer again from
-``config.per_layer_config[layer]``, transformers' own record of per-layer sizes. Everything else (caches, generation,
-attention back ends) is the stock model's. Classes are made from the family files and registered with transformers'
-Auto classes when one is first asked for (``secateur.autoload``), so transformers is imported inside the functions.
+``config.per_layer_config[layer]``, transformers' own record of per-layer sizes. Where that record says in ``skip`` that
+a layer lacks its attention or feed-forward sub-layer, a module without parameters takes its place. Everything else
+(caches, generation, attention back ends) is the stock model's. Classes are made from the family files and registered
+with transformers' Auto classes when one is first asked for (``secateur.autoload``), so transformers is imported inside
+the functions.
 """
 
 from __future__ import annotations
@@ -12,6 +14,7 @@ import copy
 from functools import cache
 from typing import Any
 
+from secateur.families.geometry import SKIP_WORDS
 from secateur.families.loader import UNEVEN_PREFIX, families, family_of
 
 
@@ -56,15 +59,20 @@ def uneven_config(model_type: str) -> Any:
 
 
 def _uneven_model(stock_model: Any, config_class: Any, model_type: str) -> Any:
-    path = family_of(model_type).layers
+    from secateur.store.removed import remove_sublayers
+
+    family = family_of(model_type)
 
     def __init__(self: Any, config: Any) -> None:
         stock_model.__init__(self, _even_copy(config, model_type))
-        layers = _layer_list(self, path)
+        layers = _layer_list(self, family.layers)
         for index in range(len(layers)):
             layer_config = config.per_layer_config[index]
             layer_config._attn_implementation = self.config._attn_implementation
             layers[index] = type(layers[index])(layer_config, layer_idx=index)
+            skipped = getattr(layer_config, "skip", ())
+            remove_sublayers(layers[index], family, [kind for kind, word in SKIP_WORDS.items() if word in skipped])
+        config._attn_implementation = self.config._attn_implementation  # the stock model chose one; masks depend on it
         self.config = config
         self.post_init()
 
@@ -72,7 +80,7 @@ def _uneven_model(stock_model: Any, config_class: Any, model_type: str) -> Any:
         f"Pruned{stock_model.__name__}",
         (stock_model,),
         {
-            "__doc__": f"{stock_model.__name__} with layers of different widths.",
+            "__doc__": f"{stock_model.__name__} with layers that differ.",
             "__module__": __name__,
             "__init__": __init__,
             "config_class": config_class,

@@ -87,9 +87,10 @@ def _keep_input(inputs: dict[str, Tensor], name: str, _module: nn.Module, args: 
 
 
 def reader_names(geometry: Geometry, layer: int) -> dict[str, str]:
-    """Return per unit kind the name, inside the layer, of the projection that reads the units."""
+    """Return per unit kind that the layer has the name, inside the layer, of the projection that reads the units."""
     prefix = geometry.layer_name(layer) + "."
-    return {kind: axes[layer].reader.removeprefix(prefix) for kind, axes in geometry.axes.items()}
+    here = {kind: axes[layer] for kind, axes in geometry.axes.items()}
+    return {kind: axis.reader.removeprefix(prefix) for kind, axis in here.items() if axis.num_units}
 
 
 class LayerStream:

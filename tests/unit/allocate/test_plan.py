@@ -298,7 +298,7 @@ def test_a_control_has_the_size_of_the_plan_it_controls() -> None:
         shapes,
         Request({"channels": 0.3, "groups": 0.3}, shape="uneven"),
     )
-    control = same_size_plan(done, random_scores(geometry, BOTH, seed=1))
+    control = same_size_plan(done, random_scores(geometry, BOTH, seed=1), geometry)
     for kind in BOTH:
         assert counts(control, kind) == counts(done, kind)
     assert control.layers[FFN_CHANNEL][0].keep != done.layers[FFN_CHANNEL][0].keep

@@ -12,6 +12,7 @@ from secateur.families.geometry import (
     LinearOutput,
     Segment,
     build_geometry,
+    is_inside,
     parameters_by_part,
     resolve_dimensions,
 )
@@ -213,3 +214,85 @@ def test_blocks_longer_than_learned_positions_are_refused() -> None:
     geometry.require_positions(64)
     with pytest.raises(FamilyError, match=r"block_size is 65.*gpt2 model knows 64 positions"):
         geometry.require_positions(65)
+
+
+def test_a_layer_that_lacks_a_sub_layer_has_no_units_of_it() -> None:
+    """``skip`` in the per-layer configuration: no units and no slices there, and the other layers as ever."""
+    geometry = llama(per_layer_config={"1": {"skip": ["attention"]}, 2: {"skip": ["mlp"], "num_key_value_heads": 4}})
+    assert geometry.num_units("gqa_group") == [2, 0, 4]
+    assert geometry.num_units("ffn_channel") == [160, 160, 0]
+    assert (geometry.num_units("attention"), geometry.num_units("layer")) == ([1, 0, 1], [1, 1, 1])
+    gone = geometry.axes["ffn_channel"][2]
+    assert (gone.segments, gone.linear, gone.reader_width) == ((), (), 1)
+    assert geometry.allowed_counts("gqa_group") == [4, 2, 1]
+
+
+def test_modules_of_blocks_are_named_in_full() -> None:
+    """A sub-layer with the norms of its own, or the layer; parameters are found by whole names."""
+    geometry = llama(num_hidden_layers=12)
+    assert geometry.block_modules("layer", 1) == ("model.layers.1",)
+    attention = ("model.layers.1.self_attn", "model.layers.1.input_layernorm")
+    assert geometry.block_modules("attention", 1) == attention
+    assert is_inside("model.layers.1.self_attn.q_proj.weight", set(attention))
+    assert not is_inside("model.layers.11.self_attn.q_proj.weight", {"model.layers.1"})
+    assert not is_inside("model.layers.1", {"model.layers.1"}), "a parameter, not a module"
+    assert geometry.layer_of("model.layers.11.mlp.up_proj.weight") == 11
+    assert geometry.layer_of("model.embed_tokens.weight") is None
+
+
+def test_the_first_layer_of_every_type_needs_attention() -> None:
+    """Among the layers that stay; types come from the list that the family names, else all layers are of one type."""
+    types = ["sliding_attention", "full_attention"] * 2
+    mixed = build_geometry(families()["qwen2"], {**LLAMA, "num_hidden_layers": 4, "layer_types": types})
+    assert mixed.first_without_attention([0, 1, 2, 3], {0, 1}) is None
+    assert mixed.first_without_attention([0, 1, 2, 3], {0, 2, 3}) == 1
+    assert mixed.first_without_attention([0, 2, 3], {0, 3}) is None
+    assert mixed.first_without_attention([2, 3], {3}) == 2
+    assert llama().first_without_attention([0, 1, 2], {0}) is None
+    assert llama().first_without_attention([1, 2], {2}) == 1
+
+
+def test_blocks_are_fixed_only_where_the_configuration_says_so() -> None:
+    """A reason applies under its condition alone, and stands in the refusal."""
+    sizes = {"n_layer": 2, "n_embd": 48, "n_head": 6, "vocab_size": 97}
+    free = build_geometry(families()["gpt2"], {**sizes, "scale_attn_by_inverse_layer_idx": False})
+    free.require_removable(["layer", "attention", "ffn"])
+    fixed = build_geometry(families()["gpt2"], {**sizes, "scale_attn_by_inverse_layer_idx": True})
+    fixed.require_removable(["attention", "ffn"])
+    with pytest.raises(
+        FamilyError, match=r"kind layer cannot be taken out of this gpt2 model: .* cannot move up\. Use"
+    ):
+        fixed.require_removable(["ffn", "layer"])
+
+
+def test_query_heads_in_numbers() -> None:
+    """Eight heads in two groups of four: 16 query rows and output columns each, counted where their groups are."""
+    geometry = llama()
+    axis = geometry.axes["query_head"][1]
+    assert (axis.num_units, axis.per_group, axis.num_groups, axis.reader_width) == (8, 4, 2, 16)
+    assert axis.site == geometry.axes["gqa_group"][1].site == (1, "gqa_group")
+    assert axis.reader == geometry.axes["gqa_group"][1].reader
+    assert axis.segments == (
+        Segment("model.layers.1.self_attn.q_proj", "out", 0, 16),
+        Segment("model.layers.1.self_attn.o_proj", "in", 0, 16),
+    )
+    assert geometry.config_updates("query_head", 4) == {"num_attention_heads": 4, "head_dim": 16}
+
+
+def test_as_many_query_heads_of_every_group_can_stay() -> None:
+    """Counts are multiples of the number of groups; with one head per group there is nothing to choose."""
+    geometry = llama()
+    assert (geometry.step("query_head"), geometry.step("gqa_group")) == (2, 1)
+    assert geometry.allowed_counts("query_head") == [8, 4, 2], "6 heads do not divide 64"
+    assert geometry.why_fixed("query_head") is None
+    alone = llama(num_key_value_heads=8)
+    assert "one query head" in str(alone.why_fixed("query_head"))
+    assert alone.why_fixed("gqa_group") is None
+
+
+def test_a_layer_that_lost_query_heads_has_groups_of_its_own_size() -> None:
+    """What a group costs, and how many heads go with it, is read per layer."""
+    geometry = llama(per_layer_config={"1": {"num_attention_heads": 4, "head_dim": 16}})
+    assert [axis.reader_width for axis in geometry.axes["gqa_group"]] == [64, 32, 64]
+    assert geometry.config_updates("gqa_group", 1, 0)["num_attention_heads"] == 4
+    assert geometry.config_updates("gqa_group", 1, 1)["num_attention_heads"] == 2

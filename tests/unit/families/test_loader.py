@@ -15,11 +15,15 @@ model_types = ["toy"]
 layers = "model.layers"
 vocabulary = ["model.embed_tokens", "lm_head"]
 [dimensions]
+num_layers = "depth"
 vocab_size = "vocab_size"
 intermediate_size = "ffn"
 num_attention_heads = "heads"
 [parts]
 ffn = ["mlp"]
+[blocks]
+attention = {modules = ["attn"], norms = ["norm"]}
+ffn = {modules = ["mlp"]}
 [[axes]]
 name = "ffn_channel"
 count = "intermediate_size"
@@ -31,6 +35,11 @@ name = "gqa_group"
 count = "num_attention_heads"
 reader = "attn.o"
 fixed = "the configuration cannot say that heads were removed"
+[[axes]]
+name = "query_head"
+count = "num_attention_heads"
+reader = "attn.o"
+fixed = "every key/value head has one query head"
 """
 
 
@@ -38,7 +47,7 @@ def test_a_text_becomes_a_family() -> None:
     """The minimal file of a family is short."""
     family = parse_family(TOY, "toy.toml")
     assert family.name == "toy"
-    assert [axis.name for axis in family.axes] == ["ffn_channel", "gqa_group"]
+    assert [axis.name for axis in family.axes] == ["ffn_channel", "gqa_group", "query_head"]
 
 
 @pytest.mark.parametrize(
@@ -49,6 +58,7 @@ def test_a_text_becomes_a_family() -> None:
         ('reader = "mlp.down"', 'input_space = "hidden"'),
         ('module = "mlp.up"', 'rows = "1"'),
         ("[parts]", 'mlp = ["mlp"]'),
+        ("[blocks]", 'experts = {modules = ["moe"]}'),
     ],
 )
 def test_a_key_that_nobody_reads_is_refused(where: str, key: str) -> None:

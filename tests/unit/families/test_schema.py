@@ -91,9 +91,18 @@ def test_an_axis_is_cut_or_fixed() -> None:
         {"members": CUT["members"]},
         {"config": CUT["config"], "fixed": "because"},
         {"fixed": "because", "divisor": {"number": "units", "of": "hidden_size"}},
+        {"fixed": "because", "per_group": "2"},
         {"fixed": ""},
     ],
-    ids=["neither", "both", "no config", "config of a fixed axis", "divisor of a fixed axis", "no reason"],
+    ids=[
+        "neither",
+        "both",
+        "no config",
+        "config of a fixed axis",
+        "divisor of a fixed axis",
+        "groups of a fixed axis",
+        "no reason",
+    ],
 )
 def test_an_axis_that_contradicts_itself_is_refused(fields: dict[str, object]) -> None:
     """Half of a description, or keys that nobody would read, are errors."""
@@ -103,20 +112,29 @@ def test_an_axis_that_contradicts_itself_is_refused(fields: dict[str, object]) -
 
 def test_an_unknown_unit_kind_is_refused() -> None:
     """The known kinds are listed."""
-    with pytest.raises(ValidationError, match="unknown unit kind 'neuron'; known: ffn_channel, gqa_group"):
+    with pytest.raises(ValidationError, match="unknown unit kind 'neuron'; known: ffn_channel, gqa_group, query_head"):
         Axis.model_validate({**AXIS, **CUT, "name": "neuron"})
 
 
 FFN = {**AXIS, **CUT}
 HEADS = {"name": "gqa_group", "count": "num_attention_heads", "reader": "attn.o", "fixed": "because of the names"}
+QUERIES = {**HEADS, "name": "query_head"}
+SIZES = {
+    "num_layers": "depth",
+    "vocab_size": "vocab_size",
+    "intermediate_size": "ffn",
+    "num_attention_heads": "heads",
+}
+BLOCKS: dict[str, object] = {"attention": {"modules": ["attn"], "norms": ["norm"]}, "ffn": {"modules": ["mlp"]}}
 FAMILY = {
     "name": "toy",
     "model_types": ["toy"],
     "layers": "model.layers",
     "vocabulary": ["model.embed_tokens", "lm_head"],
-    "dimensions": {"vocab_size": "vocab_size", "intermediate_size": "ffn", "num_attention_heads": "heads"},
+    "dimensions": SIZES,
     "parts": {"ffn": ["mlp"]},
-    "axes": [FFN, HEADS],
+    "blocks": BLOCKS,
+    "axes": [FFN, HEADS, QUERIES],
 }
 
 
@@ -130,14 +148,21 @@ def test_a_complete_family_is_accepted() -> None:
     ("changes", "words"),
     [
         ({"parts": {"mlp": ["mlp"]}}, "unknown parts"),
-        ({"axes": [FFN]}, "a family describes each of ffn_channel, gqa_group once; got ffn_channel"),
-        ({"axes": [FFN, HEADS, HEADS]}, "got ffn_channel, gqa_group, gqa_group"),
-        ({"axes": [{**FFN, "count": "ffn"}, HEADS]}, "axis ffn_channel counts ffn, which is not under .dimensions."),
-        ({"vocabulary": []}, "a family names its vocabulary modules"),
+        ({"axes": [FFN]}, "a family describes each of ffn_channel, gqa_group, query_head once; got ffn_channel"),
+        ({"axes": [FFN, HEADS, HEADS, QUERIES]}, "got ffn_channel, gqa_group, gqa_group"),
         (
-            {"dimensions": {"intermediate_size": "ffn", "num_attention_heads": "heads"}},
-            "the configuration key of vocab",
+            {"axes": [{**FFN, "count": "ffn"}, HEADS, QUERIES]},
+            "axis ffn_channel counts ffn, which is not under .dimensions.",
         ),
+        ({"vocabulary": []}, "a family names its vocabulary modules"),
+        ({"dimensions": {**SIZES, "vocab_size": {"value": "7"}}}, "the configuration key of vocab_size"),
+        ({"dimensions": {**SIZES, "num_layers": {"value": "7"}}}, "the configuration key of num_layers"),
+        ({"blocks": {"attention": {"modules": ["attn"]}}}, "blocks.ffn"),
+        ({"blocks": {**BLOCKS, "ffn": {"modules": []}}}, "at least 1 item"),
+        ({"blocks": {**BLOCKS, "ffn": {"modules": ["mlp"], "norm": "x"}}}, "Extra inputs are not permitted"),
+        ({"blocks": {**BLOCKS, "layer_types": "types"}}, "layer_types names 'types', which is not one of the lists"),
+        ({"blocks": {**BLOCKS, "fixed": [{"units": ["head"], "reason": "x"}]}}, r"unknown unit kinds \['head'\]"),
+        ({"blocks": {**BLOCKS, "fixed": [{"units": ["ffn"]}]}}, "blocks.fixed.0.reason"),
         ({"packing": "guess"}, "'positions' or 'mask'"),
         ({"weight_layout": "rows"}, "'out_in' or 'in_out'"),
     ],

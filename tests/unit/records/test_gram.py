@@ -6,7 +6,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from secateur.records.gram import Grams, GramsInMemory, MixedGrams, SummedGrams, merge_grams
+from secateur.records.gram import Grams, GramsInMemory, MixedGrams, SummedGrams, effective_tokens, merge_grams
 from secateur.records.statistics import SiteKey
 
 SITES: list[SiteKey] = [(0, "ffn_channel"), (1, "gqa_group")]
@@ -72,3 +72,13 @@ def test_parts_without_weights_are_refused() -> None:
     """A forgotten weight is not taken for zero."""
     with pytest.raises(ValueError, match="zip"):
         MixedGrams([of(rows(4, 0)), of(rows(12, 1))], [1.0]).load(SITES[0])
+
+
+def test_a_mixture_says_less_the_more_unequal_its_weights() -> None:
+    """Effective tokens are all tokens where weights follow the lengths, and give the variance of a weighted mean."""
+    assert effective_tokens([300, 100], [0.75, 0.25]) == pytest.approx(400)
+    assert effective_tokens([300, 100], [0.5, 0.5]) == pytest.approx(300)
+    assert effective_tokens([300], [1.0]) == pytest.approx(300)
+    draws = torch.randn(20_000, 40, dtype=torch.float64, generator=torch.Generator().manual_seed(0))
+    mean = 0.9 * draws[:, :30].mean(1) + 0.1 * draws[:, 30:].mean(1)
+    assert 1 / float(mean.var()) == pytest.approx(effective_tokens([30, 10], [0.9, 0.1]), rel=0.03)

@@ -86,7 +86,6 @@ def test_totals_and_removals_are_counted() -> None:
 @pytest.mark.parametrize(
     ("keep", "words"),
     [
-        ((), "plan keeps 0 of 4 units in a layer; at least one must stay"),
         ((0, 0), "kept units must be ascending, without repeats, between 0 and 3; got 2 from 0 to 0"),
         ((2, 1), "ascending"),
         ((-1, 2), "got 2 from -1 to 2"),
@@ -94,7 +93,7 @@ def test_totals_and_removals_are_counted() -> None:
     ],
 )
 def test_impossible_choices_are_refused(keep: tuple[int, ...], words: str) -> None:
-    """Kept units are ascending, distinct, in range, and at least one."""
+    """Kept units are ascending, distinct and in range."""
     with pytest.raises(PlanError, match=words):
         LayerPlan(4, keep)
 
@@ -119,10 +118,53 @@ def test_uniform_means_the_same_number_everywhere() -> None:
     assert plan(shape="uniform", layers={"ffn_channel": (LayerPlan(4, (0, 1)), LayerPlan(4, (2, 3)))})
 
 
-@pytest.mark.parametrize("version", [None, 0, 1, 3, "2"])
+def blocks(ffn: str, groups: str, **changes: Any) -> Plan:
+    """Return a plan that keeps of each layer all (``x``) or nothing (``.``), or never had the sub-layer (``0``)."""
+    kept = {"x": LayerPlan(2, (0, 1)), ".": LayerPlan(2, ()), "0": LayerPlan(0, ()), "1": LayerPlan(2, (1,))}
+    kinds = {"ffn_channel": ffn, "gqa_group": groups}
+    return plan(layers={kind: tuple(kept[mark] for mark in marks) for kind, marks in kinds.items()}, **changes)
+
+
+def test_a_layer_without_units_goes_and_a_sub_layer_without_units_too() -> None:
+    """Nothing kept of both kinds is a removed layer; of one kind a removed sub-layer; what was not there is neither."""
+    made = blocks(ffn=".x.x0.", groups=".x.0xx")
+    assert made.removed_layers == (0, 2)
+    assert made.removed_sublayers("ffn") == (5,)
+    assert made.removed_sublayers("attention") == ()
+    assert blocks(ffn="x0", groups="..").removed_layers == (1,)
+    assert blocks(ffn="x0", groups="..").removed_sublayers("attention") == (0,)
+    assert not made.narrows
+    assert blocks(ffn="x1", groups="xx").narrows
+    assert Plan.from_dict(json.loads(json.dumps(made.to_dict()))) == made
+
+
+def test_one_kind_alone_removes_sub_layers_but_no_layer() -> None:
+    """Without entries for the other kind, a layer that loses one sub-layer keeps the other."""
+    made = plan(layers={"ffn_channel": (LayerPlan(2, ()), LayerPlan(2, (0,)))})
+    assert (made.removed_layers, made.removed_sublayers("ffn"), made.removed_sublayers("attention")) == ((), (0,), ())
+
+
+def test_a_uniform_plan_may_drop_layers_but_no_sub_layers() -> None:
+    """The layers that stay must be alike."""
+    assert blocks(ffn="x.x", groups="x.x", shape="uniform").removed_layers == (1,)
+    with pytest.raises(PlanError, match=r"takes a sub-layer out of a layer that stays \(ffn_channels: none kept\)"):
+        blocks(ffn="x.x", groups="xxx", shape="uniform")
+    with pytest.raises(PlanError, match="keeps between 1 and 2 gqa_groups per layer"):
+        blocks(ffn="x.x", groups="x.1", shape="uniform")
+
+
+def test_something_must_stay_and_kinds_must_agree() -> None:
+    """A plan without any layer is refused, and so are entries for different numbers of layers."""
+    with pytest.raises(PlanError, match="plan removes all 2 layers; at least one must stay"):
+        blocks(ffn="..", groups="..")
+    with pytest.raises(PlanError, match="entries for 1 and 2 layers"):
+        blocks(ffn="x", groups="xx")
+
+
+@pytest.mark.parametrize("version", [None, 0, 1, 2, 4, "3"])
 def test_another_schema_version_is_refused(version: object) -> None:
     """A plan of another time is not guessed at; the message says what to do."""
-    with pytest.raises(PlanError, match=r"schema version .*; this secateur reads 2.*secateur plan"):
+    with pytest.raises(PlanError, match=r"schema version .*; this secateur reads 3.*secateur plan"):
         Plan.from_dict(as_json(schema_version=version))
 
 
@@ -157,8 +199,8 @@ def test_a_plan_edited_into_nonsense_is_refused(data: dict[str, Any]) -> None:
 
 def test_an_edit_that_contradicts_itself_says_how() -> None:
     """The record's own message is not swallowed."""
-    with pytest.raises(PlanError, match="plan keeps 0 of 4"):
-        Plan.from_dict(with_first_layer(keep=""))
+    with pytest.raises(PlanError, match="kept units must be ascending"):
+        Plan.from_dict(with_first_layer(keep="1 0"))
     with pytest.raises(PlanError, match="set shape to uneven"):
         Plan.from_dict(as_json(shape="uniform"))
 

@@ -8,7 +8,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from secateur.records.statistics import BucketStatistics, Moments, merge_buckets
+from secateur.records.statistics import BucketStatistics, Moments, SequenceSums, merge_buckets
 
 
 def doubles(*values: float) -> Tensor:
@@ -23,8 +23,10 @@ def bucket(scale: int, fingerprint: str, documents: list[int], tokens_per_s: flo
         num_blocks=scale,
         token_counts=torch.tensor([scale, 0, 2 * scale]),
         moments={(0, "ffn_channel"): Moments(10 * scale, doubles(scale, -scale), doubles(scale, 5), doubles(1, scale))},
+        sequences={(0, "ffn_channel"): SequenceSums(scale, doubles(scale, 7))},
         linear_abs={(0, "ffn_channel.linear0"): doubles(scale, 3)},
         cosine_sum=doubles(scale),
+        sublayer_cosine_sum={"attention": doubles(2 * scale), "ffn": doubles(-scale)},
         documents=torch.tensor(documents),
         corpus_fingerprint=fingerprint,
         tokens_per_s=tokens_per_s,
@@ -42,7 +44,10 @@ def test_sums_add_and_documents_unite() -> None:
     assert moments.sum_abs.tolist() == [3, 10]
     assert moments.sum_sq.tolist() == [2, 3]
     assert both.linear_abs[0, "ffn_channel.linear0"].tolist() == [3, 6]
+    sequences = both.sequences[0, "ffn_channel"]
+    assert (sequences.count, sequences.mean_abs_sq.tolist()) == (3, [3, 14])
     assert both.cosine_sum.tolist() == [3]
+    assert {kind: total.tolist() for kind, total in both.sublayer_cosine_sum.items()} == {"attention": [6], "ffn": [-3]}
     assert both.documents.tolist() == [3, 7, 9]
 
 

@@ -216,3 +216,55 @@ def test_a_uniform_plan_that_the_configuration_refuses_is_refused() -> None:
     with pytest.raises(PlanError, match=r"keeps 5 gqa_groups per layer.*one of \[6, 4, 3, 2, 1\], or set shape to un"):
         shrunk(model, plan, geometry)
     shrunk(model, replace(plan, shape="uneven"), geometry)
+
+
+def test_configurations_of_fewer_layers_stay_stock() -> None:
+    """The count and every list with an entry per layer are cut; nothing else changes."""
+    types = ["sliding_attention", "full_attention", "sliding_attention"]
+    model, geometry = dense("qwen2", num_hidden_layers=3, layer_types=types, use_sliding_window=True)
+    config = model.config.to_dict()
+    plan = plan_keeping(geometry, {FFN: [[], range(64), range(64)], GROUPS: [[], range(3), range(3)]}, "uniform")
+    changed = shrink_config(config, plan, geometry)
+    assert {key: changed[key] for key in changed if changed[key] != config[key]} == {
+        "num_hidden_layers": 2,
+        "layer_types": ["full_attention", "sliding_attention"],
+    }
+    names = set(shrunk(model, plan, geometry))
+    assert {name.split(".")[2] for name in names if ".layers." in name} == {"0", "1"}
+
+
+def test_uneven_configurations_say_what_a_layer_lacks() -> None:
+    """Under the new index, in transformers' words, and without the sizes of what is gone."""
+    model, geometry = dense("llama", num_hidden_layers=4)
+    narrow = plan_keeping(geometry, {GROUPS: [range(3), range(3), [1], [0, 2]]}, "uneven")
+    once = prune(model, narrow, geometry)
+    uneven = geometry_of(once, families()["llama"])
+    kept = {FFN: [[], range(64), range(64), range(9)], GROUPS: [[], range(3), [], range(2)]}
+    config = shrink_config(once.config.to_dict(), plan_keeping(uneven, kept, "uneven"), uneven)
+    assert config["num_hidden_layers"] == 3
+    groups = {"num_key_value_heads": 2, "num_attention_heads": 4}
+    last = config["per_layer_config"]["2"]
+    assert config["per_layer_config"]["1"]["skip"] == ["attention"]
+    assert not {"num_key_value_heads", "num_attention_heads"} & set(config["per_layer_config"]["1"])
+    assert {**last, **groups, "intermediate_size": 9} == last
+    again = geometry_of(prune(once, plan_keeping(uneven, kept, "uneven"), uneven), families()["llama"])
+    assert (again.num_units(GROUPS), again.num_units(FFN)) == ([3, 0, 2], [64, 64, 9])
+
+
+def test_a_layer_left_without_anything_must_be_said_to_go() -> None:
+    """Where a layer lacks attention already, taking its FFN needs entries for both kinds."""
+    model, geometry = dense("llama")
+    once = prune(model, plan_keeping(geometry, {GROUPS: [range(3), []]}, "uneven"), geometry)
+    uneven = geometry_of(once, families()["llama"])
+    with pytest.raises(PlanError, match=r"leaves nothing in layer 1, but does not say .* entries for gqa_group"):
+        check_plan(plan_keeping(uneven, {FFN: [range(64), []]}, "uneven"), uneven)
+    whole = plan_keeping(uneven, {FFN: [range(64), []], GROUPS: [range(3), []]}, "uneven")
+    check_plan(whole, uneven)
+    assert whole.removed_layers == (1,)
+
+
+def test_generation_settings_do_not_depend_on_layers() -> None:
+    """They come over as they are."""
+    model, geometry = dense("llama")
+    plan = plan_keeping(geometry, {FFN: [range(64), []], GROUPS: [range(3), []]}, "uniform")
+    assert prune(model, plan, geometry).generation_config.to_dict() == model.generation_config.to_dict()

@@ -16,16 +16,20 @@ from safetensors import SafetensorError
 from torch import Tensor
 
 from secateur.errors import CheckpointError, ExportError
+from secateur.records.gradients import SUMS, GradientStatistics, UnitGradients
 from secateur.records.scores import Scores
-from secateur.records.statistics import BucketStatistics, Moments
+from secateur.records.statistics import BucketStatistics, Moments, SequenceSums
 from secateur.store.artifacts import (
+    STATISTICS_VERSION,
     atomic_folder,
     digest,
     disk_errors,
+    read_gradients,
     read_json,
     read_scores,
     read_statistics,
     statistics_digest,
+    write_gradients,
     write_json,
     write_scores,
     write_statistics,
@@ -50,12 +54,23 @@ def make_statistics(seed: int = 0) -> BucketStatistics:
         num_blocks=2,
         token_counts=torch.tensor([0, 3, 4]),
         moments=moments,
+        sequences={site: SequenceSums(2, draw(4, seed + 3 + site[0])) for site in moments},
         linear_abs={(layer, f"ffn_channel.linear{i}"): draw(4, seed + i) for layer in (2, 10) for i in (0, 1)},
         cosine_sum=draw(2, seed),
+        sublayer_cosine_sum={"attention": draw(2, seed + 4), "ffn": draw(2, seed + 5)},
         documents=torch.tensor([5, 2**62 + 1]),
         corpus_fingerprint="abc",
         tokens_per_s=12.5,
     )
+
+
+def make_gradients() -> GradientStatistics:
+    """Return small gradient sums of two layers."""
+    units = {
+        (layer, "ffn_channel"): UnitGradients(2, **{name: draw(3, seed + layer) for seed, name in enumerate(SUMS)})
+        for layer in (2, 10)
+    }
+    return GradientStatistics(7, units)
 
 
 def make_scores() -> Scores:
@@ -72,7 +87,8 @@ def same(first: object, second: object) -> bool:
         return list(first) == list(second) and all(same(first[key], second[key]) for key in first)
     if isinstance(first, list) and isinstance(second, list):
         return len(first) == len(second) and all(map(same, first, second))
-    if isinstance(first, BucketStatistics | Moments | Scores):
+    records = BucketStatistics | Moments | SequenceSums | GradientStatistics | UnitGradients | Scores
+    if isinstance(first, records):
         assert isinstance(second, type(first))
         return all(same(getattr(first, item.name), getattr(second, item.name)) for item in fields(first))
     return bool(first == second)
@@ -88,14 +104,21 @@ def test_statistics_survive_the_disk(tmp_path: Path) -> None:
     read, metadata = read_statistics(tmp_path / "a" / "medical.safetensors")
     assert same(written, read)
     assert metadata["bucket"] == "medical"
-    assert metadata["schema_version"] == 1
+    assert metadata["schema_version"] == STATISTICS_VERSION
     assert not same(written, replace(read, num_tokens=8))
+
+
+def test_gradients_survive_the_disk(tmp_path: Path) -> None:
+    """Every sum comes back bit for bit."""
+    write_gradients(tmp_path / "a" / "medical.gradients.safetensors", make_gradients(), {"bucket": "medical"})
+    assert same(make_gradients(), read_gradients(tmp_path / "a" / "medical.gradients.safetensors"))
 
 
 def test_scores_survive_the_disk(tmp_path: Path) -> None:
     """Every score comes back bit for bit, with the method, its options and the buckets."""
-    write_scores(tmp_path / "contextual.safetensors", make_scores())
-    assert same(make_scores(), read_scores(tmp_path / "contextual.safetensors"))
+    for scores in (make_scores(), replace(make_scores(), cumulative=True)):
+        write_scores(tmp_path / "contextual.safetensors", scores)
+        assert same(scores, read_scores(tmp_path / "contextual.safetensors"))
 
 
 def test_tensors_that_are_views_are_written_as_they_look(tmp_path: Path) -> None:
@@ -156,7 +179,7 @@ DAMAGES: dict[str, tuple[Callable[[Path], Any], str]] = {
     "not JSON": (lambda f: f.with_suffix(".json").write_text("{"), r"medical\.json cannot be read"),
     "JSON of another kind": (lambda f: f.with_suffix(".json").write_text("[1]"), "holds one list"),
     "another version": (
-        lambda f: edit_json(f.with_suffix(".json"), lambda d: d.update(schema_version=2)),
+        lambda f: edit_json(f.with_suffix(".json"), lambda d: d.update(schema_version=1)),
         "another version .* calibrate again",
     ),
     "a site too many": (
@@ -178,6 +201,17 @@ def test_damaged_statistics_are_named(tmp_path: Path, damage: Callable[[Path], A
     with pytest.raises(CheckpointError, match=message) as caught:
         read_statistics(file)
     assert "Delete it" in str(caught.value)
+
+
+def test_damaged_gradients_are_named(tmp_path: Path) -> None:
+    """What is missing, or of another version, is said with the file's name."""
+    write_gradients(tmp_path / "g.safetensors", make_gradients(), {})
+    edit_json(tmp_path / "g.json", lambda data: data["counts"].update({"units/3/ffn_channel": 1}))
+    with pytest.raises(CheckpointError, match=r"g\.safetensors lacks 'units/3/ffn_channel/mask_sq'. Delete it"):
+        read_gradients(tmp_path / "g.safetensors")
+    edit_json(tmp_path / "g.json", lambda data: data.update(schema_version=0))
+    with pytest.raises(CheckpointError, match=r"g\.safetensors has another version of the gradients. Delete it"):
+        read_gradients(tmp_path / "g.safetensors")
 
 
 @pytest.mark.parametrize("key", ["method", "options", "buckets", "layers", "inputs_fingerprint"])

@@ -81,7 +81,11 @@ def test_readers_are_named_from_inside_the_layer() -> None:
     model = pico_model(family)
     geometry = geometry_of(model, family)
     assert reader_names(geometry, 0) == reader_names(geometry, 1)
-    assert reader_names(geometry, 1) == {"ffn_channel": "mlp.c_proj", "gqa_group": "attn.c_proj"}
+    assert reader_names(geometry, 1) == {
+        "ffn_channel": "mlp.c_proj",
+        "gqa_group": "attn.c_proj",
+        "query_head": "attn.c_proj",
+    }
 
 
 def test_layers_are_shown_in_order_with_all_batches(stream: LayerStream, hidden: HiddenStates) -> None:
