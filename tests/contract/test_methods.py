@@ -3,8 +3,8 @@
 from __future__ import annotations
 
 import inspect
-from collections.abc import Callable
-from dataclasses import replace
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, replace
 from functools import cache
 from typing import Any
 
@@ -12,13 +12,14 @@ import pytest
 import torch
 from torch import Tensor
 
-from secateur.calibrate import collect
+from secateur.calibrate import collect, collect_gradients
 from secateur.errors import ConfigError
 from secateur.families.geometry import Geometry
 from secateur.families.loader import families
+from secateur.records.gradients import SUMS, GradientStatistics, UnitGradients
 from secateur.records.gram import Grams
-from secateur.records.statistics import BucketStatistics, Moments
-from secateur.records.units import FFN_CHANNEL, GQA_GROUP, LAYER_UNIT_KINDS
+from secateur.records.statistics import BucketStatistics, Moments, SequenceSums
+from secateur.records.units import BLOCK_KINDS, FFN_CHANNEL, GQA_GROUP, LAYER_UNIT_KINDS, QUERY_HEAD
 from secateur.score import METHODS, Evidence, score_units
 from tests.blocks import hand_made_blocks
 from tests.conftest import geometry_of, pico_model
@@ -29,19 +30,24 @@ from tests.variants import variants
 NUM_UNITS = 12
 
 
-def cases(*, controls: bool) -> list[Any]:
-    """Return (method, options) for every registered method, with or without the controls."""
+EVERY_KIND = (*LAYER_UNIT_KINDS, *BLOCK_KINDS)
+
+
+def cases(kinds: Sequence[str] = EVERY_KIND, *, controls: bool = True) -> list[Any]:
+    """Return (method, options, kind) for every registered method and those of the kinds that it scores."""
     return [
-        pytest.param(name, options, id="-".join([name, *map(str, options.values())]))
+        pytest.param(name, options, kind, id="-".join([name, *map(str, options.values()), kind]))
         for name in METHODS
         for options in variants(name)
-        if controls or not METHODS[name].control
+        for kind in kinds
+        if kind in METHODS[name].kinds and (controls or not METHODS[name].control)
     ]
 
 
-every_method = pytest.mark.parametrize(("method", "options"), cases(controls=True))
-every_real_method = pytest.mark.parametrize(("method", "options"), cases(controls=False))
-each_kind = pytest.mark.parametrize("kind", LAYER_UNIT_KINDS)
+every_method = pytest.mark.parametrize(("method", "options"), [(name, o) for name in METHODS for o in variants(name)])
+every_case = pytest.mark.parametrize(("method", "options", "kind"), cases())
+every_inner_case = pytest.mark.parametrize(("method", "options", "kind"), cases(LAYER_UNIT_KINDS))
+every_real_case = pytest.mark.parametrize(("method", "options", "kind"), cases(LAYER_UNIT_KINDS, controls=False))
 
 
 def evidence(kind: str, seed: int = 0) -> Evidence:
@@ -49,6 +55,8 @@ def evidence(kind: str, seed: int = 0) -> Evidence:
 
     The last weight slice is that of the reading projection.
     """
+    if kind in BLOCK_KINDS:
+        return block_evidence(kind, seed)
     generator = torch.Generator().manual_seed(seed)
     width = 1 if kind == FFN_CHANNEL else 3
     tokens = torch.randn(40, NUM_UNITS * width, dtype=torch.float64, generator=generator)
@@ -56,6 +64,12 @@ def evidence(kind: str, seed: int = 0) -> Evidence:
     weights = [torch.randn(NUM_UNITS, 5 * width, generator=generator) for _ in range(3)]
     reader = weights[-1].reshape(NUM_UNITS * width, 5).T
     gram = tokens.T @ tokens / 40
+    slopes = torch.randn(20, 5, dtype=torch.float64, generator=generator)
+    gradients = UnitGradients(
+        4,
+        **{name: torch.rand(NUM_UNITS, dtype=torch.float64, generator=generator) for name in SUMS},
+        output=slopes.T @ slopes,
+    )
     outputs = [torch.rand(NUM_UNITS, dtype=torch.float64, generator=generator) * 40 for _ in range(2)]
     return Evidence(
         kind=kind,
@@ -63,11 +77,34 @@ def evidence(kind: str, seed: int = 0) -> Evidence:
         num_units=NUM_UNITS,
         width=width,
         moments=Moments(40, tokens.sum(0), tokens.abs().sum(0), tokens.pow(2).sum(0)),
+        sequences=SequenceSums(4, tokens.reshape(4, 10, -1).abs().mean(1).square().sum(0)),
         linear_abs=outputs if kind == FFN_CHANNEL else [],
         load_weights=lambda: weights,
         load_reader=lambda: reader,
         load_gram=lambda: gram,
+        load_gradients=lambda: gradients,
         seed=7,
+    )
+
+
+def block_evidence(kind: str, seed: int) -> Evidence:
+    """Return made-up evidence of a whole layer or sub-layer: one unit, its cosine and what was measured without it."""
+    nothing = torch.zeros(0, dtype=torch.float64)
+    return Evidence(
+        kind=kind,
+        layer=1,
+        num_units=1,
+        width=0,
+        moments=Moments(0, nothing, nothing, nothing),
+        sequences=SequenceSums(0, nothing),
+        linear_abs=[],
+        load_weights=list,
+        load_reader=lambda: nothing[None],
+        load_gram=lambda: nothing[None],
+        load_gradients=lambda: UnitGradients(0, **dict.fromkeys(SUMS, nothing)),
+        seed=7,
+        cosine=float(torch.rand((), generator=torch.Generator().manual_seed(seed))),
+        removal_loss=float(torch.rand((), generator=torch.Generator().manual_seed(seed + 100))),
     )
 
 
@@ -77,24 +114,28 @@ def permuted(item: Evidence, order: Tensor) -> Evidence:
     def channels(values: Tensor) -> Tensor:
         return values.reshape(item.num_units, item.width)[order].reshape(-1)
 
-    sums = item.moments
+    sums, sequences, slopes = item.moments, item.sequences, item.load_gradients()
+    sums_of_units = {name: getattr(slopes, name)[order] for name in SUMS}
+    gradients = UnitGradients(slopes.count, **sums_of_units, output=slopes.output)
     weights = [matrix[order] for matrix in item.load_weights()]
     places = channels(torch.arange(item.num_units * item.width))
     return replace(
         item,
         moments=Moments(sums.count, channels(sums.sum), channels(sums.sum_abs), channels(sums.sum_sq)),
+        sequences=SequenceSums(sequences.count, channels(sequences.mean_abs_sq)),
         linear_abs=[values[order] for values in item.linear_abs],
         load_weights=lambda: weights,
         load_reader=lambda: item.load_reader()[:, places],
         load_gram=lambda: item.load_gram()[places][:, places],
+        load_gradients=lambda: gradients,
     )
 
 
 def tensors(item: Evidence) -> list[Tensor]:
     """Return every tensor that evidence holds or loads."""
-    sums = item.moments
-    loaded = [*item.load_weights(), item.load_reader(), item.load_gram()]
-    return [sums.sum, sums.sum_abs, sums.sum_sq, *item.linear_abs, *loaded]
+    sums, gradients = item.moments, item.load_gradients()
+    loaded = [*item.load_weights(), item.load_reader(), item.load_gram(), *(getattr(gradients, n) for n in SUMS)]
+    return [sums.sum, sums.sum_abs, sums.sum_sq, item.sequences.mean_abs_sq, *item.linear_abs, *loaded]
 
 
 def score(method: str, item: Evidence, options: dict[str, Any]) -> Tensor:
@@ -106,18 +147,16 @@ def score(method: str, item: Evidence, options: dict[str, Any]) -> Tensor:
         pytest.skip(str(error))
 
 
-@each_kind
-@every_method
+@every_case
 def test_one_finite_number_per_unit(method: str, options: dict[str, Any], kind: str) -> None:
     """A method gives one finite float64 score per unit."""
     values = score(method, evidence(kind), options)
-    assert values.shape == (NUM_UNITS,)
+    assert values.shape == (evidence(kind).num_units,)
     assert values.dtype == torch.float64
     assert bool(torch.isfinite(values).all())
 
 
-@each_kind
-@every_method
+@every_case
 def test_scores_are_deterministic_and_leave_the_evidence_alone(method: str, options: dict[str, Any], kind: str) -> None:
     """The same evidence gives the same scores twice, whatever the global random state, and is not changed."""
     item, untouched = evidence(kind), evidence(kind)
@@ -129,8 +168,7 @@ def test_scores_are_deterministic_and_leave_the_evidence_alone(method: str, opti
         assert torch.equal(mine, other)
 
 
-@each_kind
-@every_method
+@every_inner_case
 def test_permuting_units_permutes_scores(method: str, options: dict[str, Any], kind: str) -> None:
     """A unit's score does not depend on its place; methods that look at nothing are excepted.
 
@@ -139,16 +177,15 @@ def test_permuting_units_permutes_scores(method: str, options: dict[str, Any], k
     if METHODS[method].needs == "nothing":
         pytest.skip("draws by place on purpose")
     item = evidence(kind)
-    order = torch.randperm(NUM_UNITS, generator=torch.Generator().manual_seed(3))
+    order = torch.randperm(item.num_units, generator=torch.Generator().manual_seed(3))
     expected = score(method, item, options)[order]
     tolerance = 1e-9 if METHODS[method].gram else 1e-12
     torch.testing.assert_close(score(method, permuted(item, order), options), expected, rtol=tolerance, atol=0)
 
 
-@each_kind
-@every_method
+@every_case
 def test_methods_read_what_they_say_they_need(method: str, options: dict[str, Any], kind: str) -> None:
-    """Weights and Gram matrices are read, and statistics matter, exactly where a method says it needs them."""
+    """Weights, Gram matrices and gradients are read, and sums and measurements matter, exactly where a method says."""
     item, read = evidence(kind), set()
     needs = METHODS[method].needs
 
@@ -164,17 +201,21 @@ def test_methods_read_what_they_say_they_need(method: str, options: dict[str, An
         load_weights=watched("weights", item.load_weights),
         load_reader=watched("weights", item.load_reader),
         load_gram=watched("Gram matrices", item.load_gram),
+        load_gradients=watched("gradients", item.load_gradients),
     )
     expected = score(method, watching, options)
     other = evidence(kind, seed=5)
-    if not torch.equal(
-        score(method, replace(item, moments=other.moments, linear_abs=other.linear_abs), options), expected
-    ):
+    sums = {name: getattr(other, name) for name in ("moments", "sequences", "linear_abs", "cosine")}
+    if not torch.equal(score(method, replace(item, **sums), options), expected):
         read.add("statistics")
+    if not torch.equal(score(method, replace(item, removal_loss=other.removal_loss), options), expected):
+        read.add("measured removals")
     if needs == "as the other method":
         return
     assert set(needs.split(" and ")) == (read or {"nothing"})
     assert ("Gram matrices" in read) == METHODS[method].gram
+    assert ("gradients" in read) == METHODS[method].gradient
+    assert ("measured removals" in read) == bool(METHODS[method].measure)
     if needs == "nothing":
         assert torch.equal(score(method, other, options), expected)
 
@@ -219,9 +260,21 @@ def test_listed_option_values_are_accepted_and_others_refused(method: str, optio
             entry.check_options({**options, key: "no such value"})
 
 
+@dataclass(frozen=True)
+class Planted:
+    """A pico model with useless units, what calibration says of it, and its useful units per kind and layer."""
+
+    model: Any
+    geometry: Geometry
+    statistics: BucketStatistics
+    grams: Grams
+    gradients: GradientStatistics
+    useful: dict[str, list[list[int]]]
+
+
 @cache
-def planted() -> tuple[Any, Geometry, BucketStatistics, Grams, dict[str, list[list[int]]]]:
-    """Return a pico model with useless units, its geometry, sums, Gram matrices and useful units per kind and layer.
+def planted() -> Planted:
+    """Return the model with useless units.
 
     Half of the FFN channels have tiny gate and up rows; one group of three has tiny query, key and value rows.
     """
@@ -229,7 +282,7 @@ def planted() -> tuple[Any, Geometry, BucketStatistics, Grams, dict[str, list[li
     model = pico_model(family)
     geometry = geometry_of(model, family)
     generator = torch.Generator().manual_seed(11)
-    useful: dict[str, list[list[int]]] = {FFN_CHANNEL: [], GQA_GROUP: []}
+    useful: dict[str, list[list[int]]] = {FFN_CHANNEL: [], GQA_GROUP: [], QUERY_HEAD: []}
     with torch.no_grad():
         for layer, block in enumerate(model.model.layers):
             order = torch.randperm(64, generator=generator)
@@ -240,39 +293,48 @@ def planted() -> tuple[Any, Geometry, BucketStatistics, Grams, dict[str, list[li
             block.self_attn.k_proj.weight.view(3, 8, 48)[layer] *= 1e-3
             block.self_attn.v_proj.weight.view(3, 8, 48)[layer] *= 1e-3
             useful[GQA_GROUP].append([group for group in range(3) if group != layer])
+            useful[QUERY_HEAD].append([head for head in range(6) if head // 2 != layer])
     blocks = hand_made_blocks()
-    return model, geometry, collect(model, blocks, geometry), grams_of(model, blocks, geometry), useful
+    gradients = collect_gradients(model, blocks, geometry, LAYER_UNIT_KINDS, outputs=True)
+    return Planted(
+        model, geometry, collect(model, blocks, geometry), grams_of(model, blocks, geometry), gradients, useful
+    )
 
 
 def best_units(method: str, kind: str, options: dict[str, Any], seed: int = 0) -> list[list[int]]:
     """Return, per layer, as many best-scored units of the planted model as it has useful ones."""
-    model, geometry, statistics, grams, useful = planted()
-    state = model.state_dict()
+    case = planted()
     try:
         values = score_units(
-            method, statistics, geometry, [kind], load_tensor=state.get, options=options, seed=seed, grams=grams
+            method,
+            case.statistics,
+            case.geometry,
+            [kind],
+            load_tensor=case.model.state_dict().get,
+            options=options,
+            seed=seed,
+            grams=case.grams,
+            gradients=case.gradients,
         ).values[kind]
     except ConfigError as error:
         assert kind in str(error)
         pytest.skip(str(error))
     return [
         sorted(layer.argsort(descending=True)[: len(units)].tolist())
-        for layer, units in zip(values, useful[kind], strict=True)
+        for layer, units in zip(values, case.useful[kind], strict=True)
     ]
 
 
-@each_kind
-@every_real_method
+@every_real_case
 def test_useless_units_score_lowest(method: str, options: dict[str, Any], kind: str) -> None:
     """Real methods put every planted useless unit below every useful one."""
-    assert best_units(method, kind, options) == planted()[-1][kind]
+    assert best_units(method, kind, options) == planted().useful[kind]
 
 
-@each_kind
-@every_real_method
+@every_real_case
 def test_real_methods_beat_the_random_control(method: str, options: dict[str, Any], kind: str) -> None:
     """Keeping the units a method prefers changes the logits less than keeping as many random ones, for every seed."""
-    model, geometry, *_ = planted()
+    model, geometry = planted().model, planted().geometry
     token_ids = torch.arange(90).reshape(2, 45)
     dense = logits(model, token_ids)
 

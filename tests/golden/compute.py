@@ -9,7 +9,7 @@ from typing import Any
 import torch
 
 from secateur.allocate import Request, make_plan
-from secateur.calibrate import collect
+from secateur.calibrate import collect, collect_gradients
 from secateur.errors import ConfigError
 from secateur.families.loader import families
 from secateur.records.units import LAYER_UNIT_KINDS
@@ -39,13 +39,14 @@ def compute() -> dict[str, Any]:
     geometry = geometry_of(model, families()["llama"])
     statistics = collect(model, hand_made_blocks(), geometry)
     grams = grams_of(model, hand_made_blocks(), geometry)
+    gradients = collect_gradients(model, hand_made_blocks(), geometry, LAYER_UNIT_KINDS, outputs=True)
     shapes = {name: tuple(parameter.shape) for name, parameter in model.named_parameters()}
-    budgets = {kind: {key: 0.34} for kind, key in zip(LAYER_UNIT_KINDS, ("channels", "groups"), strict=True)}
+    budgets = {kind: {key: 0.34} for kind, key in zip(LAYER_UNIT_KINDS, ("channels", "groups", "heads"), strict=True)}
     methods: dict[str, Any] = {}
     for method in METHODS:
         for options in variants(method):
             entry: dict[str, Any] = {}
-            for kind in LAYER_UNIT_KINDS:
+            for kind in METHODS[method].kinds:
                 try:
                     scores = score_units(
                         method,
@@ -55,20 +56,22 @@ def compute() -> dict[str, Any]:
                         load_tensor=model.state_dict().get,
                         options=options,
                         grams=grams,
+                        gradients=gradients,
+                        removal_losses={kind: [0.25, 0.5]},
                     )
                 except ConfigError as error:
                     entry[kind] = {"refused": str(error)}
                     continue
-                plan = make_plan(scores, geometry, shapes, Request(budgets[kind], shape="uneven"))
-                entry[kind] = {
-                    "scores": [layer.tolist() for layer in scores.values[kind]],
-                    "keep": [layer["keep"] for layer in plan.to_dict()["layers"][kind]],
-                }
+                entry[kind] = {"scores": [layer.tolist() for layer in scores.values[kind]]}
+                if kind in budgets:
+                    plan = make_plan(scores, geometry, shapes, Request(budgets[kind], shape="uneven"))
+                    entry[kind]["keep"] = [layer["keep"] for layer in plan.to_dict()["layers"][kind]]
             methods[" ".join([method, *(f"{key}={value}" for key, value in options.items())])] = entry
     return {
-        "what": "scores and kept units (a third removed, ranked over the whole model) of a seeded pico llama",
+        "what": "scores of a seeded pico llama; kept units of a third removed, ranked over the whole model",
         "written_by": "make golden",
         "relative_tolerance": RELATIVE_TOLERANCE,
         "cosine_sum": statistics.cosine_sum.tolist(),
+        "sublayer_cosine_sum": {kind: total.tolist() for kind, total in statistics.sublayer_cosine_sum.items()},
         "methods": methods,
     }

@@ -1,5 +1,6 @@
 """One streaming pass of text through the dense model, leaving sums per channel, token id and layer."""
 
 from secateur.calibrate.collect import collect, collect_grams, collect_with_grams
+from secateur.calibrate.gradients import collect_gradients
 
-__all__ = ["collect", "collect_grams", "collect_with_grams"]
+__all__ = ["collect", "collect_gradients", "collect_grams", "collect_with_grams"]

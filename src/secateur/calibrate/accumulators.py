@@ -8,16 +8,34 @@ Dims: ``tokens`` real tokens of one batch, ``channels`` values per token.
 
 from __future__ import annotations
 
+from collections.abc import Mapping, Sequence
+from functools import reduce
+from operator import add
+
 import torch
 from jaxtyping import Float, Float64, Int64
 from torch import Tensor
 
 from secateur.calibrate.precision import exact_float32
-from secateur.records.statistics import Moments
+from secateur.records.statistics import Moments, SequenceSums
 
 
 def _wide(values: Tensor) -> Tensor:
     return values if values.dtype in (torch.float32, torch.float64) else values.float()
+
+
+_CACHED_VALUES = 3 * 2**16
+"""How many float32 values a processor's second-level cache holds twice, once as they are and once in the scratch."""
+
+
+def _cached_rows(values: Float[Tensor, "tokens channels"]) -> Sequence[Float[Tensor, "some channels"]]:
+    """Return the rows in runs that stay in a processor's cache while they are summed; on other devices all at once.
+
+    Written to memory and read back, products and absolute values cost twice as much as their sums.
+    """
+    if values.device.type != "cpu":
+        return (values,)
+    return torch.split(values, max(1, _CACHED_VALUES // values.shape[1]))
 
 
 class Scratch:
@@ -37,44 +55,68 @@ class Scratch:
 
 def sum_abs(values: Float[Tensor, "tokens channels"], scratch: Scratch) -> Float64[Tensor, " channels"]:
     """Return the sum over tokens of |x|."""
-    values = _wide(values)
-    magnitudes: Tensor = torch.abs(values, out=scratch.like(values))
-    return magnitudes.sum(0).double()
+    parts = [torch.abs(rows, out=scratch.like(rows)).sum(0).double() for rows in _cached_rows(_wide(values))]
+    return parts[0] if len(parts) == 1 else torch.stack(parts).sum(0)
 
 
-def cosine_sum(
-    first: Float[Tensor, "tokens hidden"], second: Float[Tensor, "tokens hidden"], epsilon: float = 1e-8
-) -> Float64[Tensor, ""]:
-    """Return the sum over tokens of cos(first, second); vectors shorter than ``epsilon`` count as that long."""
-    first, second = _wide(first), _wide(second)
-    lengths = [torch.linalg.vector_norm(values, dim=-1).clamp_min(epsilon) for values in (first, second)]
-    cosines: Tensor = torch.linalg.vecdot(first, second) / (lengths[0] * lengths[1])
-    return cosines.sum().double()
+def cosine_sums(
+    streams: Sequence[Float[Tensor, "tokens hidden"]],
+    pairs: Mapping[str, tuple[int, int]],
+    scratch: Scratch,
+    epsilon: float = 1e-8,
+) -> dict[str, Float64[Tensor, ""]]:
+    """Return the sum over tokens of the cosine of named pairs of streams; lengths are taken once per stream.
+
+    Args:
+        streams: vectors of the same tokens at several places.
+        pairs: name -> indices of two streams.
+        scratch: for products.
+        epsilon: vectors shorter than this count as that long.
+    """
+    wide = [_wide(values) for values in streams]
+    lengths = [torch.linalg.vector_norm(values, dim=-1).clamp_min(epsilon) for values in wide]
+    sums = {}
+    for name, (first, second) in pairs.items():
+        products = torch.mul(wide[first], wide[second], out=scratch.like(wide[first])).sum(-1)
+        sums[name] = products.div_(lengths[first] * lengths[second]).sum().double()
+    return sums
+
+
+def _moments(values: Float[Tensor, "tokens channels"], scratch: Scratch) -> Moments:
+    magnitudes = torch.abs(values, out=scratch.like(values))
+    return Moments(
+        count=values.shape[0],
+        sum=values.sum(0).double(),
+        sum_abs=magnitudes.sum(0).double(),
+        sum_sq=magnitudes.mul_(magnitudes).sum(0).double(),
+    )
 
 
 class MomentSums:
-    """Running sums of x, |x| and x^2 per channel."""
+    """Running sums of x, |x| and x^2 per channel, and of each sequence's squared mean |x|."""
 
     def __init__(self) -> None:
         self._total: Moments | None = None
+        self._sequences: SequenceSums | None = None
 
     def update(self, values: Float[Tensor, "tokens channels"], scratch: Scratch) -> None:
-        """Add real tokens."""
-        values = _wide(values)
-        magnitudes = torch.abs(values, out=scratch.like(values))
-        batch = Moments(
-            count=values.shape[0],
-            sum=values.sum(0).double(),
-            sum_abs=magnitudes.sum(0).double(),
-            sum_sq=magnitudes.mul_(magnitudes).sum(0).double(),
-        )
+        """Add the real tokens of one sequence; one without any adds nothing."""
+        batch = reduce(add, (_moments(rows, scratch) for rows in _cached_rows(_wide(values))))
         self._total = batch if self._total is None else self._total + batch
+        mean = batch.sum_abs / max(batch.count, 1)
+        sequence = SequenceSums(count=min(batch.count, 1), mean_abs_sq=mean.square_())
+        self._sequences = sequence if self._sequences is None else self._sequences + sequence
 
     def result(self) -> Moments:
-        """Return the sums so far, on the CPU."""
+        """Return the sums over tokens so far, on the CPU."""
         assert self._total is not None, "nothing was collected"
         total = self._total
         return Moments(total.count, total.sum.cpu(), total.sum_abs.cpu(), total.sum_sq.cpu())
+
+    def sequences(self) -> SequenceSums:
+        """Return the sums over sequences so far, on the CPU."""
+        assert self._sequences is not None, "nothing was collected"
+        return SequenceSums(self._sequences.count, self._sequences.mean_abs_sq.cpu())
 
     def is_finite(self) -> bool:
         """Return whether every sum is finite."""

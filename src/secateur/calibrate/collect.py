@@ -10,15 +10,17 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from secateur.calibrate.accumulators import MomentSums, Scratch, cosine_sum, count_tokens, sum_abs
+from secateur.calibrate.accumulators import MomentSums, Scratch, count_tokens, sum_abs
 from secateur.calibrate.grams import GramListener
-from secateur.calibrate.one_pass import RealTokens, Taps, not_finite, run_pass
+from secateur.calibrate.one_pass import Listener, RealTokens, Taps, not_finite, run_pass
+from secateur.calibrate.residual import ResidualSums
 from secateur.calibrate.taps import OnTensor
 from secateur.families.geometry import Geometry, LinearOutput
 from secateur.progress import Progress, silent
 from secateur.records.blocks import BlockBatch, TokenBlocks
 from secateur.records.gram import GramsInMemory
 from secateur.records.statistics import BucketStatistics, SiteKey
+from secateur.records.units import SITE_KINDS
 
 
 def linear_tap(kind: str, index: int) -> str:
@@ -36,7 +38,7 @@ class _Sums:
         self.scratch = Scratch()
         self.moments: defaultdict[SiteKey, MomentSums] = defaultdict(MomentSums)
         self.linear: dict[SiteKey, Tensor] = {}
-        self.cosine: list[Tensor] = [torch.zeros((), dtype=torch.float64)] * geometry.num_layers
+        self.residual = ResidualSums(geometry, self.scratch)
         self.token_counts = torch.zeros(self.vocab_size, dtype=torch.int64)
         self.num_tokens = 0
         self.num_blocks = 0
@@ -46,14 +48,15 @@ class _Sums:
         geometry = self.geometry
         inputs: dict[str, OnTensor] = {}
         grouped: defaultdict[str, list[tuple[SiteKey, LinearOutput, int]]] = defaultdict(list)
-        for kind, layers in geometry.axes.items():
-            for axis in layers:
+        for kind in SITE_KINDS:
+            for axis in geometry.axes[kind]:
+                if not axis.num_units:
+                    continue
                 inputs[axis.reader] = partial(self.add_input, (axis.layer, kind))
                 for index, output in enumerate(axis.linear):
                     grouped[output.module].append(((axis.layer, linear_tap(kind, index)), output, axis.num_units))
         outputs = {module: partial(self.add_output, taps) for module, taps in grouped.items()}
-        through = {geometry.layer_name(layer): partial(self.add_layer, layer) for layer in range(geometry.num_layers)}
-        return Taps(inputs, outputs, through)
+        return Taps(inputs, outputs)
 
     def start_batch(self, tokens: RealTokens) -> None:
         """Note where the real tokens of the next batch are."""
@@ -69,10 +72,6 @@ class _Sums:
             part = total[output.offset : output.offset + units]
             self.linear[key] = self.linear[key] + part if key in self.linear else part
 
-    def add_layer(self, layer: int, before: Tensor, after: Tensor) -> None:
-        for first, second in zip(self.tokens.by_block(before), self.tokens.by_block(after), strict=True):
-            self.cosine[layer] = self.cosine[layer] + cosine_sum(first, second).cpu()
-
     def end_batch(self, batch: BlockBatch) -> None:
         """Count the batch, or raise CheckpointError if its activations were not finite."""
         self.require_finite()
@@ -86,7 +85,7 @@ class _Sums:
             for (at, kind), sums in self.moments.items():  # in the order in which they ran
                 if at == layer and not sums.is_finite():
                     raise not_finite(f"input of {self.geometry.axes[kind][layer].reader}")
-            if not bool(torch.isfinite(self.cosine[layer])):
+            if not self.residual.is_finite(layer):
                 raise not_finite(f"output of {self.geometry.layer_name(layer)}")
 
     def result(self, blocks: TokenBlocks, seconds: float) -> BucketStatistics:
@@ -96,8 +95,10 @@ class _Sums:
             num_blocks=self.num_blocks,
             token_counts=self.token_counts,
             moments={key: value.result() for key, value in sorted(self.moments.items())},
+            sequences={key: value.sequences() for key, value in sorted(self.moments.items())},
             linear_abs={key: value.cpu() for key, value in sorted(self.linear.items())},
-            cosine_sum=torch.stack(self.cosine),
+            cosine_sum=self.residual.of_layers(),
+            sublayer_cosine_sum=self.residual.of_sublayers(),
             documents=torch.unique(blocks.documents),
             corpus_fingerprint=blocks.fingerprint,
             tokens_per_s=self.num_tokens / seconds,
@@ -130,7 +131,9 @@ def collect(
         CheckpointError: activations are not finite; the layer is named.
     """
     sums = _Sums(geometry)
-    seconds = run_pass(model, blocks, geometry, [sums], batch_size=batch_size, progress=progress, label=label)
+    seconds = run_pass(
+        model, blocks, geometry, [sums, sums.residual], batch_size=batch_size, progress=progress, label=label
+    )
     return sums.result(blocks, seconds)
 
 
@@ -162,7 +165,8 @@ def collect_with_grams(
         FamilyError: the family has no such unit kind.
     """
     sums, grams = _Sums(geometry), GramListener(geometry, kinds)
-    seconds = run_pass(model, blocks, geometry, [sums, grams], batch_size=batch_size, progress=progress, label=label)
+    listeners: list[Listener] = [sums, sums.residual, grams]
+    seconds = run_pass(model, blocks, geometry, listeners, batch_size=batch_size, progress=progress, label=label)
     return sums.result(blocks, seconds), grams.take()
 
 

@@ -18,7 +18,7 @@ from secateur.records.statistics import SiteKey
 
 
 class GramListener:
-    """Adds up the Gram matrices of one pass.
+    """Adds up the Gram matrices of one pass; kinds that share a projection share its matrix.
 
     Raises:
         FamilyError: the family has no such unit kind.
@@ -32,10 +32,11 @@ class GramListener:
                 f"It has: {', '.join(geometry.axes)}."
             )
         self._readers = {
-            (axis.layer, kind): axis.reader
+            axis.site: axis.reader
             for kind, layers in geometry.axes.items()
             if kind in kinds
             for axis in layers
+            if axis.num_units
         }
         self._sums: defaultdict[SiteKey, GramSum] = defaultdict(GramSum)
         self._tokens: RealTokens | None = None

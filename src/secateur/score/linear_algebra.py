@@ -74,6 +74,11 @@ def removal_errors(
     return errors
 
 
+def default_step(num_units: int) -> int:
+    """Return how many units greedy removal takes between two scorings: a 48th of them, at least 1, at most 32."""
+    return min(max(num_units // 48, 1), 32)
+
+
 def greedy_removal_errors(
     inverse_gram: Float64[Tensor, "channels channels"], columns: Float64[Tensor, "channels out"], width: int, step: int
 ) -> Float64[Tensor, " units"]:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import inspect
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Annotated, Any, Literal, get_args, get_origin, get_type_hints
 
@@ -12,7 +12,9 @@ from pydantic import TypeAdapter, ValidationError
 from torch import Tensor
 
 from secateur.errors import ConfigError
-from secateur.records.statistics import Moments
+from secateur.records.gradients import UnitGradients
+from secateur.records.statistics import Moments, SequenceSums
+from secateur.records.units import BLOCK_KINDS, LAYER_UNIT_KINDS
 from secateur.registry import Registry, unknown_name
 
 
@@ -24,6 +26,7 @@ class Evidence:
         kind: unit kind; ``layer`` its layer index.
         num_units: units there are, ``width`` input channels of the reading projection each.
         moments: sums over calibration tokens at the reading projection's input, ``num_units * width`` channels.
+        sequences: sums over calibration blocks at the same place.
         linear_abs: per pre-activation output, the sum over calibration tokens of |output| per unit.
         load_weights: returns the weight slices of the units, one (units, elements) matrix per coupled slice; calling
             it may read the checkpoint, so only methods that need weights do.
@@ -31,7 +34,14 @@ class Evidence:
             layout; it may read the checkpoint.
         load_gram: returns the Gram matrix H = mean over calibration tokens of x xT at the reading projection's input,
             symmetric; raises ConfigError where the calibration took none.
+        load_gradients: returns sums over calibration blocks of products with the loss's gradient, per unit; raises
+            ConfigError where no gradient pass was made.
         seed: for methods that draw.
+        cosine: for whole layers and sub-layers only (None for other kinds): mean over calibration tokens of the cosine
+            between the residual stream before and after; these have ``num_units`` 1 and nothing to look at but this and
+            removal_loss.
+        removal_loss: for whole layers and sub-layers, where the method's ``measure`` asks for it: what is measured once
+            the block is gone, together with those that went before it.
     """
 
     kind: str
@@ -39,12 +49,19 @@ class Evidence:
     num_units: int
     width: int
     moments: Moments
+    sequences: SequenceSums
     linear_abs: Sequence[Float64[Tensor, " units"]]
     load_weights: Callable[[], Sequence[Float[Tensor, "units _elements"]]]
     load_reader: Callable[[], Float[Tensor, "out channels"]]
     load_gram: Callable[[], Float64[Tensor, "channels channels"]]
+    load_gradients: Callable[[], UnitGradients]
     seed: int
+    cosine: float | None = None
+    removal_loss: float | None = None
 
+
+RemovalMeasure = Literal["", "loss", "js"]
+"""What a method of whole blocks has measured; empty: nothing."""
 
 ScoreFunction = Callable[..., Tensor]
 """(evidence, keyword-only options) -> one float64 importance per unit, higher = keep."""
@@ -59,12 +76,18 @@ class Method:
         function: the scoring function; its keyword-only parameters are the method's options.
         measures: what it measures, one sentence.
         formula: the formula, in plain text.
-        needs: what it reads: "statistics", "Gram matrices", "weights", joined by "and"; or "nothing".
+        needs: what it reads: "statistics", "Gram matrices", "weights", "gradients", "measured removals", joined by
+            "and"; or "nothing".
         cost: what it costs beyond the calibration pass.
         caveat: when it is a bad idea.
         source: author, year, arXiv id.
         control: whether it is a control rather than a method to use.
         gram: whether it reads Gram matrices, which the calibration takes only when asked.
+        gradient: whether it reads gradients, which take a backward pass of their own.
+        output_gradient: whether it reads those at the outputs of the reading projections too.
+        kinds: unit kinds that it can score.
+        measure: what must be measured by removing blocks one after another; empty: nothing. ``loss``: the loss on
+            calibration text; ``js``: the Jensen-Shannon divergence of the next-token distributions to the dense model.
     """
 
     name: str
@@ -77,6 +100,21 @@ class Method:
     source: str
     control: bool = False
     gram: bool = False
+    gradient: bool = False
+    output_gradient: bool = False
+    kinds: tuple[str, ...] = LAYER_UNIT_KINDS
+    measure: RemovalMeasure = ""
+
+    def require_kinds(self, kinds: Iterable[str]) -> None:
+        """Raise ConfigError for the first unit kind that the method cannot score; methods that can are listed."""
+        for kind in kinds:
+            if kind not in self.kinds:
+                able = [name for name, method in METHODS.items() if kind in method.kinds]
+                key = "prune.depth_method" if kind in BLOCK_KINDS else "prune.method"
+                raise ConfigError(
+                    f"method {self.name} scores {', '.join(self.kinds)} and cannot score units of kind {kind}. Set "
+                    f"{key} to one of: {', '.join(able)}."
+                )
 
     def check_options(self, options: Mapping[str, Any]) -> None:
         """Refuse options that the method does not have, or values it does not take.
@@ -107,10 +145,21 @@ class Method:
 
     def reads_grams(self, options: Mapping[str, Any]) -> bool:
         """Return whether the method reads Gram matrices with these options, itself or through a method they name."""
+        return any(method.gram for method in self._involved(options))
+
+    def reads_gradients(self, options: Mapping[str, Any]) -> bool:
+        """Return whether the method reads gradients with these options, itself or through a method they name."""
+        return any(method.gradient for method in self._involved(options))
+
+    def reads_output_gradients(self, options: Mapping[str, Any]) -> bool:
+        """Return whether these are to be taken at the outputs of the reading projections too."""
+        return any(method.output_gradient for method in self._involved(options))
+
+    def _involved(self, options: Mapping[str, Any]) -> list[Method]:
+        """Return this method and those that its options name."""
         hints = get_type_hints(self.function, include_extras=True)
         values = {name: options.get(name, parameter.default) for name, parameter in self._parameters().items()}
-        named = [value for name, value in values.items() if _registry(hints[name]) is METHODS]
-        return self.gram or any(METHODS[name].gram for name in named)
+        return [self, *(METHODS[value] for name, value in values.items() if _registry(hints[name]) is METHODS)]
 
     def _parameters(self) -> dict[str, inspect.Parameter]:
         parameters = inspect.signature(self.function).parameters.values()
@@ -144,11 +193,16 @@ def register(
     source: str,
     control: bool = False,
     gram: bool = False,
+    gradient: bool = False,
+    output_gradient: bool = False,
+    kinds: tuple[str, ...] = LAYER_UNIT_KINDS,
+    measure: RemovalMeasure = "",
 ) -> Callable[[ScoreFunction], ScoreFunction]:
     """Return a decorator that registers a scoring function under ``name``; fields as in ``Method``."""
 
     def decorate(function: ScoreFunction) -> ScoreFunction:
-        METHODS.add(name, Method(name, function, measures, formula, needs, cost, caveat, source, control, gram))
+        words = (measures, formula, needs, cost, caveat, source)
+        METHODS.add(name, Method(name, function, *words, control, gram, gradient, output_gradient, kinds, measure))
         return function
 
     return decorate

@@ -24,13 +24,16 @@ from pydantic import Field
 from torch import Tensor
 
 from secateur.errors import ConfigError
-from secateur.score.linear_algebra import RIDGE, Ridge, greedy_removal_errors, inverse, removal_errors, with_ridge
+from secateur.score.linear_algebra import (
+    RIDGE,
+    Ridge,
+    default_step,
+    greedy_removal_errors,
+    inverse,
+    removal_errors,
+    with_ridge,
+)
 from secateur.score.method import Evidence, register
-
-
-def default_step(num_units: int) -> int:
-    """Return how many units greedy removal takes between two scorings: a 48th of them, at least 1, at most 32."""
-    return min(max(num_units // 48, 1), 32)
 
 
 @register(

@@ -11,6 +11,7 @@ import torch
 from jaxtyping import Float64
 from torch import Tensor
 
+from secateur.records.units import BLOCK_KINDS, LAYER_UNIT_KINDS
 from secateur.score.method import Evidence, register
 
 
@@ -23,6 +24,7 @@ from secateur.score.method import Evidence, register
     caveat="a control",
     source="control",
     control=True,
+    kinds=(*LAYER_UNIT_KINDS, *BLOCK_KINDS),
 )
 def random(evidence: Evidence, /) -> Float64[Tensor, " units"]:
     """Return one uniform number per unit; the same seed gives the same numbers on every machine."""

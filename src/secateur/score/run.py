@@ -10,9 +10,11 @@ from torch import Tensor
 
 from secateur.errors import CheckpointError, ConfigError
 from secateur.families.geometry import Geometry, Segment, UnitAxis
+from secateur.records.gradients import GradientStatistics, UnitGradients
 from secateur.records.gram import Grams
 from secateur.records.scores import Scores
-from secateur.records.statistics import BucketStatistics, Moments
+from secateur.records.statistics import BucketStatistics, Moments, SequenceSums
+from secateur.records.units import BLOCK_KINDS, LAYER
 from secateur.score.method import METHODS, Evidence, Method
 
 LoadTensor = Callable[[str], Tensor | None]
@@ -49,35 +51,59 @@ def score_units(
     buckets: Sequence[str] = (),
     inputs_fingerprint: str = "",
     grams: Grams | None = None,
+    gradients: GradientStatistics | None = None,
+    depth_method: str = "",
+    depth_options: Mapping[str, Any] | None = None,
+    removal_losses: Mapping[str, Sequence[float]] | None = None,
 ) -> Scores:
     """Return the importance of every unit of the given kinds.
 
     Args:
-        method: registered method name.
+        method: registered method name; it scores units inside a sub-layer, and blocks too unless ``depth_method`` does.
         statistics: the (merged) calibration sums to judge by.
         geometry: of the model the statistics were taken on.
-        kinds: unit kinds to score.
+        kinds: unit kinds to score; whole layers and sub-layers have one unit per layer.
         load_tensor: parameter by name; called only by methods that need weights.
         options: the method's options.
         seed: for methods that draw.
         buckets: names of the buckets behind ``statistics``, for the record.
         inputs_fingerprint: identifies statistics and weights, for the record.
         grams: Gram matrices of the same text, where the calibration took them; read one site at a time.
+        gradients: of the same text, where a gradient pass was made.
+        depth_method: registered name of the method that scores whole layers and sub-layers.
+        depth_options: its options.
+        removal_losses: per block kind, for every layer what was measured without its block, for methods with a
+            ``measure``; anything where there is no such block.
 
     Raises:
-        ConfigError: unknown method or option, or Gram matrices that the method needs are missing or singular.
+        ConfigError: unknown method or option, one that cannot score a kind, or Gram matrices, gradients or measurements
+            that the method needs are missing, or the matrices singular.
         FamilyError: this family cannot cut a kind that was asked for.
         CheckpointError: Gram matrices or scores are not finite; layer named.
     """
-    chosen = METHODS[method]
+    blocks, axis_kinds = split_kinds(kinds)
     options = dict(options or {})
+    if blocks:
+        depth_method, depth_options = depth_method or method, dict((depth_options or {}) if depth_method else options)
+        if not axis_kinds:
+            method, options = depth_method, depth_options
+    else:
+        depth_method, depth_options = "", {}
+    chosen = METHODS[method]
     chosen.check_options(options)
-    geometry.require_cuttable(kinds)
+    chosen.require_kinds(axis_kinds)
+    geometry.require_cuttable(axis_kinds)
     values: dict[str, list[Tensor]] = {}
-    for kind in kinds:
+    for kind in blocks:
+        measured = _measured(METHODS[depth_method], kind, geometry, removal_losses)
+        values[kind] = _score_blocks(METHODS[depth_method], kind, statistics, geometry, depth_options, seed, measured)
+    for kind in axis_kinds:
         values[kind] = []
         for axis in geometry.axes[kind]:
-            evidence = _evidence(chosen, axis, statistics, grams, geometry, load_tensor, seed)
+            if axis.num_units == 0:
+                values[kind].append(torch.zeros(0, dtype=torch.float64))
+                continue
+            evidence = _evidence(chosen, axis, statistics, grams, gradients, geometry, load_tensor, seed)
             try:
                 score = chosen.function(evidence, **options)
             except torch.linalg.LinAlgError:  # type: ignore[attr-defined]
@@ -92,7 +118,31 @@ def score_units(
                     "weights or statistics hold NaN or infinity there. Check the checkpoint."
                 )
             values[kind].append(score)
-    return Scores(method, options, tuple(buckets), values, inputs_fingerprint)
+    return Scores(
+        method,
+        options,
+        tuple(buckets),
+        values,
+        inputs_fingerprint,
+        depth_method,
+        depth_options,
+        cumulative=bool(blocks) and bool(METHODS[depth_method].measure),
+    )
+
+
+def _measured(
+    method: Method, kind: str, geometry: Geometry, removal_losses: Mapping[str, Sequence[float]] | None
+) -> Sequence[float | None]:
+    """Return what was measured without each layer's block; None for methods that need no measurement."""
+    if not method.measure:
+        return [None] * geometry.num_layers
+    if removal_losses is None:
+        able = [name for name, other in METHODS.items() if kind in other.kinds and not (other.measure or other.control)]
+        raise ConfigError(
+            f"method {method.name} takes blocks out one after another and runs text each time, and statistics hold no "
+            f"text. Use a recipe (secateur run, or secateur.run), or depth_method: {' or '.join(able)}."
+        )
+    return removal_losses[kind]
 
 
 def rehearse(method: str, geometry: Geometry, kinds: Sequence[str], options: Mapping[str, Any]) -> None:
@@ -104,9 +154,14 @@ def rehearse(method: str, geometry: Geometry, kinds: Sequence[str], options: Map
     """
     chosen = METHODS[method]
     chosen.check_options(options)
-    geometry.require_cuttable(kinds)
-    for kind in kinds:
-        axis = geometry.axes[kind][0]
+    chosen.require_kinds(kinds)
+    blocks, axis_kinds = split_kinds(kinds)
+    geometry.require_removable(blocks)
+    geometry.require_cuttable(axis_kinds)
+    for kind in blocks:
+        chosen.function(_block_evidence(kind, 0, 0.5, 0, 1.0), **options)
+    for kind in axis_kinds:
+        axis = next(axis for axis in geometry.axes[kind] if axis.num_units)
         chosen.function(_made_up(kind, width=min(axis.reader_width, 2), linear=len(axis.linear)), **options)
 
 
@@ -120,11 +175,69 @@ def _made_up(kind: str, *, width: int, linear: int) -> Evidence:
         num_units=units,
         width=width,
         moments=Moments(1, channels, channels, channels),
+        sequences=SequenceSums(1, channels),
         linear_abs=[ones] * linear,
         load_weights=lambda: [ones[:, None]],
         load_reader=lambda: channels[None],
         load_gram=lambda: torch.diag(channels),
+        load_gradients=lambda: UnitGradients(1, ones, ones, ones, ones, torch.ones(1, 1)),
         seed=0,
+    )
+
+
+def split_kinds(kinds: Sequence[str]) -> tuple[list[str], list[str]]:
+    """Return those of the kinds that are whole blocks, and those that are units inside a sub-layer."""
+    return [kind for kind in kinds if kind in BLOCK_KINDS], [kind for kind in kinds if kind not in BLOCK_KINDS]
+
+
+def _score_blocks(
+    method: Method,
+    kind: str,
+    statistics: BucketStatistics,
+    geometry: Geometry,
+    options: Mapping[str, Any],
+    seed: int,
+    measured: Sequence[float | None],
+) -> list[Tensor]:
+    """Return one vector per layer: of length 1, or 0 where the layer lacks the sub-layer."""
+    method.check_options(options)
+    method.require_kinds([kind])
+    geometry.require_removable([kind])
+    sums = statistics.cosine_sum if kind == LAYER else statistics.sublayer_cosine_sum[kind]
+    scores: list[Tensor] = []
+    for layer, total in enumerate(sums.tolist()):
+        if not geometry.has_block(kind, layer):
+            scores.append(torch.zeros(0, dtype=torch.float64))
+            continue
+        evidence = _block_evidence(kind, layer, total / statistics.num_tokens, seed, measured[layer])
+        score = method.function(evidence, **options)
+        if not bool(torch.isfinite(score).all()):
+            raise CheckpointError(
+                f"method {method.name} gave a score that is not finite for the {kind} of layer {layer}; statistics "
+                "hold NaN or infinity there. Calibrate again."
+            )
+        scores.append(score)
+    return scores
+
+
+def _block_evidence(kind: str, layer: int, cosine: float, seed: int, removal_loss: float | None) -> Evidence:
+    """Return what is known of a whole block: how much the residual stream turns there, and what its removal costs."""
+    nothing = torch.zeros(0, dtype=torch.float64)
+    return Evidence(
+        kind=kind,
+        layer=layer,
+        num_units=1,
+        width=0,
+        moments=Moments(0, nothing, nothing, nothing),
+        sequences=SequenceSums(0, nothing),
+        linear_abs=[],
+        load_weights=list,
+        load_reader=lambda: nothing[None],
+        load_gram=lambda: nothing[None],
+        load_gradients=lambda: UnitGradients(0, nothing, nothing, nothing, nothing),
+        seed=seed,
+        cosine=cosine,
+        removal_loss=removal_loss,
     )
 
 
@@ -146,12 +259,11 @@ def _mean_gram(method: Method, axis: UnitAxis, grams: Grams | None) -> Tensor:
         CheckpointError: the matrix holds NaN or infinity.
     """
     if grams is None:
-        others = ", ".join(name for name, other in METHODS.items() if not (other.gram or other.control))
         raise ConfigError(
             f"method {method.name} needs Gram matrices, and the calibration took none; calibrate with them, or use a "
-            f"method that does without: {others}."
+            f"method that does without: {_plain_methods(axis.kind)}."
         )
-    mean = grams.load((axis.layer, axis.kind)).double() / grams.count
+    mean = grams.load(axis.site).double() / grams.count
     if not bool(torch.isfinite(mean).all()):
         raise CheckpointError(
             f"the Gram matrix of the {axis.kind}s of layer {axis.layer} holds NaN or infinity. Calibrate again, with "
@@ -160,26 +272,44 @@ def _mean_gram(method: Method, axis: UnitAxis, grams: Grams | None) -> Tensor:
     return (mean + mean.T) / 2
 
 
+def _plain_methods(kind: str) -> str:
+    """Return the names of the methods for a unit kind that read neither Gram matrices nor gradients."""
+    able = {name: method for name, method in METHODS.items() if kind in method.kinds and not method.control}
+    return ", ".join(name for name, method in able.items() if not (method.gram or method.gradient))
+
+
+def _unit_gradients(method: Method, axis: UnitAxis, gradients: GradientStatistics | None) -> UnitGradients:
+    if gradients is None:
+        raise ConfigError(
+            f"method {method.name} needs gradients, and these statistics hold none; take them with the calibration "
+            f"(gradients=True), or use a method that does without: {_plain_methods(axis.kind)}."
+        )
+    return gradients.units[axis.layer, axis.kind]
+
+
 def _evidence(
     method: Method,
     axis: UnitAxis,
     statistics: BucketStatistics,
     grams: Grams | None,
+    gradients: GradientStatistics | None,
     geometry: Geometry,
     load: LoadTensor,
     seed: int,
 ) -> Evidence:
     linear = [statistics.linear_abs[axis.layer, f"{axis.kind}.linear{i}"] for i in range(len(axis.linear))]
-    moments, layout = statistics.moments[axis.layer, axis.kind], geometry.family.weight_layout
+    moments, layout = statistics.moments[axis.site], geometry.family.weight_layout
     return Evidence(
         kind=axis.kind,
         layer=axis.layer,
         num_units=axis.num_units,
         width=axis.reader_width,
         moments=moments,
+        sequences=statistics.sequences[axis.site],
         linear_abs=linear,
         load_weights=lambda: unit_weights(axis, load, layout),
         load_reader=lambda: _reader_weight(axis, load, layout).to(moments.sum.device),
         load_gram=lambda: _mean_gram(method, axis, grams).to(moments.sum.device),
+        load_gradients=lambda: _unit_gradients(method, axis, gradients),
         seed=seed,
     )

@@ -9,7 +9,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from secateur.calibrate.accumulators import GramSum, MomentSums, Scratch, cosine_sum, count_tokens, sum_abs
+from secateur.calibrate.accumulators import GramSum, MomentSums, Scratch, cosine_sums, count_tokens, sum_abs
 
 
 def values(tokens: int, channels: int, dtype: torch.dtype = torch.float64, seed: int = 0) -> Tensor:
@@ -30,6 +30,17 @@ def test_moments_equal_a_numpy_loop() -> None:
     result = sums.result()
     assert result.count == 13
     np.testing.assert_allclose(torch.stack([result.sum, result.sum_abs, result.sum_sq]).numpy(), expected, rtol=1e-13)
+
+
+def test_sequences_are_averaged_before_they_are_squared_and_added() -> None:
+    """One update is one sequence, whatever its length; one without tokens is none."""
+    sums = MomentSums()
+    parts = values(13, 4).split([5, 0, 8])
+    for part in parts:
+        sums.update(part, Scratch())
+    expected = sum(part.abs().mean(0) ** 2 for part in parts if len(part))
+    assert sums.sequences().count == 2
+    torch.testing.assert_close(sums.sequences().mean_abs_sq, expected)
 
 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16, torch.float32])
@@ -90,9 +101,10 @@ def test_cosines_equal_their_definition() -> None:
     expected = sum(
         float(np.dot(x, y) / np.linalg.norm(x) / np.linalg.norm(y)) for x, y in zip(a.numpy(), b.numpy(), strict=True)
     )
-    assert float(cosine_sum(a, b)) == pytest.approx(expected, rel=1e-12)
-    assert float(cosine_sum(a, a)) == pytest.approx(6.0)
-    assert float(cosine_sum(a, -a)) == pytest.approx(-6.0)
+    pairs = {"other": (0, 1), "same": (0, 0), "opposite": (0, 2)}
+    found = {name: float(total) for name, total in cosine_sums((a, b, -a), pairs, Scratch()).items()}
+    assert found == pytest.approx({"other": expected, "same": 6.0, "opposite": -6.0}, rel=1e-12)
+    assert float(cosine_sums((a, torch.zeros_like(a)), {"none": (0, 1)}, Scratch())["none"]) == 0.0
 
 
 def test_tokens_are_counted_by_id() -> None:

@@ -96,8 +96,10 @@ def reference(name: str, texts: list[list[int]]) -> dict[Any, Any]:
     return {**sums, "counts": counts}
 
 
-def assert_same(first: BucketStatistics, second: BucketStatistics, rtol: float = 1e-10) -> None:
-    """Assert that two statistics hold the same sums, up to float rounding."""
+def assert_same(
+    first: BucketStatistics, second: BucketStatistics, rtol: float = 1e-10, *, packing: bool = True
+) -> None:
+    """Assert that two statistics hold the same sums, up to float rounding; ``packing`` includes sums over blocks."""
     assert (first.num_tokens, first.num_blocks) == (second.num_tokens, second.num_blocks)
     assert first.token_counts.tolist() == second.token_counts.tolist()
     assert first.documents.tolist() == second.documents.tolist()
@@ -107,10 +109,16 @@ def assert_same(first: BucketStatistics, second: BucketStatistics, rtol: float =
         assert moments.count == other.count
         for field in ("sum", "sum_abs", "sum_sq"):
             torch.testing.assert_close(getattr(moments, field), getattr(other, field), rtol=rtol, atol=rtol)
+    if packing:
+        for key, sequences in first.sequences.items():
+            assert sequences.count == second.sequences[key].count
+            torch.testing.assert_close(sequences.mean_abs_sq, second.sequences[key].mean_abs_sq, rtol=rtol, atol=rtol)
     assert first.linear_abs.keys() == second.linear_abs.keys()
     for key, total in first.linear_abs.items():
         torch.testing.assert_close(total, second.linear_abs[key], rtol=rtol, atol=rtol)
     torch.testing.assert_close(first.cosine_sum, second.cosine_sum, rtol=rtol, atol=rtol)
+    for kind, total in first.sublayer_cosine_sum.items():
+        torch.testing.assert_close(total, second.sublayer_cosine_sum[kind], rtol=rtol, atol=rtol)
 
 
 @pytest.mark.parametrize("name", LAYERS)
@@ -145,13 +153,25 @@ def test_the_batch_size_leaves_no_trace(batch_size: int) -> None:
 
 
 def test_the_order_of_blocks_and_the_packing_leave_no_trace() -> None:
-    """Reordered blocks, and documents alone in longer blocks, give the same sums."""
+    """Reordered blocks give the same sums, and documents alone in longer blocks the same sums over tokens."""
     blocks = hand_made_blocks()
     expected = statistics("llama", blocks)
     assert_same(statistics("llama", replace(blocks, rows=[[6], [2], [4, 3, 5], [1, 0]])), expected)
     alone = statistics("llama", replace(blocks, rows=[[i] for i in range(7)], block_size=23))
     assert alone.num_blocks == 7
-    assert_same(replace(alone, num_blocks=4), expected)
+    assert_same(replace(alone, num_blocks=4), expected, packing=False)
+
+
+@pytest.mark.parametrize("name", LAYERS)
+def test_a_sequence_is_the_real_tokens_of_a_block(name: str) -> None:
+    """Sums over blocks are those of the mean absolute values of each block run alone."""
+    blocks = hand_made_blocks()
+    ours = statistics(name, blocks)
+    alone = [statistics(name, replace(blocks, rows=[row])) for row in blocks.rows]
+    for key, sequences in ours.sequences.items():
+        means = [part.moments[key].sum_abs / part.num_tokens for part in alone]
+        assert sequences.count == 4
+        torch.testing.assert_close(sequences.mean_abs_sq, torch.stack(means).square().sum(0))
 
 
 def test_padding_is_never_counted() -> None:

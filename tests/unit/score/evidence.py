@@ -6,7 +6,8 @@ from typing import Any
 
 from torch import Tensor
 
-from secateur.records.statistics import Moments
+from secateur.records.gradients import UnitGradients
+from secateur.records.statistics import Moments, SequenceSums
 from secateur.score import Evidence
 
 
@@ -20,8 +21,13 @@ def no_matrix() -> Tensor:
     raise AssertionError("a weight or a Gram matrix was read")
 
 
+def no_gradients() -> UnitGradients:
+    """Fail: this method has no business with gradients."""
+    raise AssertionError("gradients were read")
+
+
 def evidence(tokens: Tensor, width: int = 1, **changes: Any) -> Evidence:
-    """Return the evidence of activations ``tokens`` (tokens x channels), with some fields changed."""
+    """Return the evidence of activations ``tokens`` (tokens x channels) of one sequence, with some fields changed."""
     tokens = tokens.double()
     fields: dict[str, Any] = {
         "kind": "ffn_channel" if width == 1 else "gqa_group",
@@ -29,10 +35,12 @@ def evidence(tokens: Tensor, width: int = 1, **changes: Any) -> Evidence:
         "num_units": tokens.shape[1] // width,
         "width": width,
         "moments": Moments(len(tokens), tokens.sum(0), tokens.abs().sum(0), tokens.pow(2).sum(0)),
+        "sequences": SequenceSums(1, tokens.abs().mean(0).square()),
         "linear_abs": [],
         "load_weights": no_weights,
         "load_reader": no_matrix,
         "load_gram": no_matrix,
+        "load_gradients": no_gradients,
         "seed": 0,
     }
     return Evidence(**{**fields, **changes})

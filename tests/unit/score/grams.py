@@ -11,6 +11,7 @@ from torch import Tensor, nn
 from secateur.families.geometry import Geometry
 from secateur.records.gram import GramsInMemory
 from secateur.records.statistics import SiteKey
+from secateur.records.units import SITE_KINDS
 from secateur.stream.forward import run_backbone
 from tests.blocks import HandMadeBlocks
 
@@ -28,8 +29,8 @@ def grams_of(model: Any, blocks: HandMadeBlocks, geometry: Geometry) -> GramsInM
         return hook
 
     with torch.inference_mode(), ExitStack() as stack:
-        for kind, axes in geometry.axes.items():
-            for axis in axes:
+        for kind in SITE_KINDS:
+            for axis in geometry.axes[kind]:
                 handle = model.get_submodule(axis.reader).register_forward_pre_hook(keep((axis.layer, kind)))
                 stack.callback(handle.remove)
         run_backbone(model, batch, geometry.family)

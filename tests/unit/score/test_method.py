@@ -99,13 +99,16 @@ def test_other_values_are_refused_before_anything_runs(options: dict[str, object
     assert str(caught.value) == words
 
 
-def test_whether_gram_matrices_are_read_depends_on_the_methods_that_options_name() -> None:
+def test_whether_gram_matrices_or_gradients_are_read_depends_on_the_methods_that_options_name() -> None:
     """A method reads them itself, or hands its evidence to one that does."""
     assert METHODS["obs"].gram and METHODS["obs"].reads_grams({})
     assert not METHODS["contextual"].gram and not METHODS["contextual"].reads_grams({})
     assert not METHODS["reversed"].gram and not METHODS["reversed"].reads_grams({})
     assert METHODS["reversed"].reads_grams({"of": "leverage"})
     assert not RANGED.reads_grams({"share": 1.0}) and RANGED.reads_grams({"of": "tyr"})
+    assert METHODS["taylor"].reads_gradients({"order": "second"}) and not METHODS["taylor"].reads_grams({})
+    assert not METHODS["obs"].reads_gradients({}) and not METHODS["reversed"].reads_gradients({})
+    assert METHODS["reversed"].reads_gradients({"of": "fisher"})
 
 
 def test_a_method_without_options_says_so() -> None:
@@ -129,7 +132,7 @@ def test_registering_returns_the_function_unchanged() -> None:
 def test_the_registered_methods_are_those_of_the_docs() -> None:
     """Importing the package enrols the paper's method, the baselines, the second-order methods and the two controls."""
     first_order = {"activation_norm", "contextual", "fluctuation", "magnitude", "wanda"}
-    second_order = {"leverage", "obs", "tyr"}
+    second_order = {"kfac", "leverage", "obs", "tyr"}
     assert first_order | second_order | {"random", "reversed"} <= set(METHODS)
     assert {name for name in METHODS if METHODS[name].control} == {"random", "reversed"}
     assert {name for name in METHODS if METHODS[name].gram} == second_order

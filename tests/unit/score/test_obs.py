@@ -7,7 +7,8 @@ import torch
 from torch import Tensor
 
 from secateur.errors import ConfigError
-from secateur.score.obs import default_step, obs
+from secateur.score.linear_algebra import default_step
+from secateur.score.obs import obs
 from tests.unit.score.evidence import second_order
 
 GENERATOR = torch.Generator().manual_seed(5)

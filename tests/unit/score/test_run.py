@@ -11,13 +11,13 @@ import pytest
 import torch
 from torch import Tensor
 
-from secateur.calibrate import collect
+from secateur.calibrate import collect, collect_gradients
 from secateur.errors import CheckpointError, ConfigError, FamilyError
 from secateur.families.geometry import Geometry
 from secateur.families.loader import families
 from secateur.records.gram import GramsInMemory
 from secateur.records.statistics import BucketStatistics
-from secateur.records.units import LAYER_UNIT_KINDS
+from secateur.records.units import ATTENTION, BLOCK_KINDS, LAYER_UNIT_KINDS, QUERY_HEAD, SITE_OF
 from secateur.score import METHODS, Evidence, Method, rehearse, score_units
 from secateur.score.run import unit_weights
 from tests.blocks import hand_made_blocks
@@ -137,7 +137,10 @@ def test_scores_that_are_not_finite_are_refused() -> None:
 
 @pytest.mark.parametrize("name", list(families()))
 def test_unit_weights_are_all_the_weights_of_the_cut_layers(name: str) -> None:
-    """Over all units the slices of an axis hold every element of the layers they cut, once, and no reader bias."""
+    """Over all units the slices of an axis hold every element of the layers they cut, once, and no reader bias.
+
+    Query heads share a fused weight with keys and values, which are not theirs.
+    """
     model, geometry, _ = calibrated(name)
     state = model.state_dict()
     for axes in geometry.axes.values():
@@ -145,7 +148,8 @@ def test_unit_weights_are_all_the_weights_of_the_cut_layers(name: str) -> None:
         slices = unit_weights(axis, state.get, geometry.family.weight_layout)
         assert all(matrix.shape[0] == axis.num_units for matrix in slices)
         cut = {(segment.module, segment.side) for segment in axis.segments}
-        expected = [state[f"{module}.weight"].reshape(-1) for module, _ in sorted(cut)]
+        rows = {m: 48 if axis.kind == QUERY_HEAD and side == "out" else None for m, side in cut}
+        expected = [state[f"{module}.weight"][: rows[module]].reshape(-1) for module, _ in sorted(cut)]
         expected += [state[f"{m}.bias"] for m, side in sorted(cut) if side == "out" and f"{m}.bias" in state]
         if not expected:
             assert axis.fixed and not slices
@@ -166,6 +170,9 @@ def test_a_unit_holds_its_own_rows_and_columns() -> None:
     assert torch.equal(columns[1], output.T[16:32].reshape(-1))
 
 
+WIDTH_METHODS = [name for name in METHODS if set(LAYER_UNIT_KINDS) <= set(METHODS[name].kinds)]
+PLAIN_METHODS = "activation_norm, contextual, fluctuation, magnitude, minitron, wanda"
+"""What needs neither Gram matrices nor gradients."""
 GRAM_METHODS = [name for name in METHODS if METHODS[name].gram]
 
 
@@ -219,7 +226,7 @@ def test_the_gram_matrix_is_the_symmetric_mean_of_its_own_site(seen: list[Eviden
         for item in seen:
             gram = item.load_gram()
             assert gram.dtype == torch.float64 and torch.equal(gram, gram.T)
-            torch.testing.assert_close(gram, exact.sums[item.layer, item.kind] / 50, rtol=2e-6, atol=1e-8)
+            torch.testing.assert_close(gram, exact.sums[item.layer, SITE_OF[item.kind]] / 50, rtol=2e-6, atol=1e-8)
             torch.testing.assert_close(gram.diagonal(), item.moments.sum_sq / 50, rtol=1e-6, atol=0)
 
 
@@ -228,14 +235,39 @@ def test_methods_that_need_gram_matrices_say_so_where_there_are_none(method: str
     """The message says what to do, and which methods do without."""
     model, geometry, statistics = calibrated("llama")
     load = model.state_dict().get
-    without = "activation_norm, contextual, fluctuation, magnitude, wanda"
     for name, options in ((method, {}), ("reversed", {"of": method})):
         with pytest.raises(ConfigError) as caught:
             score_units(name, statistics, geometry, ["ffn_channel"], load_tensor=load, options=options)
         assert str(caught.value) == (
             f"method {name} needs Gram matrices, and the calibration took none; calibrate with them, or use a method "
-            f"that does without: {without}."
+            f"that does without: {PLAIN_METHODS}."
         )
+
+
+@pytest.mark.parametrize("method", [name for name in METHODS if METHODS[name].gradient])
+def test_methods_that_need_gradients_say_so_where_there_are_none(method: str) -> None:
+    """The message says what to do, and which methods do without; rehearsing is not refused."""
+    _, geometry, statistics = calibrated("llama")
+    for name, options in ((method, {}), ("reversed", {"of": method})):
+        with pytest.raises(ConfigError) as caught:
+            how: dict[str, Any] = {"options": options, "grams": grams("llama")}
+            score_units(name, statistics, geometry, ["gqa_group"], load_tensor=refuse, **how)
+        assert str(caught.value) == (
+            f"method {name} needs gradients, and these statistics hold none; take them with the calibration "
+            f"(gradients=True), or use a method that does without: {PLAIN_METHODS}."
+        )
+        rehearse(name, geometry, LAYER_UNIT_KINDS, options)
+
+
+def test_gradients_reach_the_method_site_by_site() -> None:
+    """Each place gets its own sums."""
+    model, geometry, statistics = calibrated("llama")
+    gradients = collect_gradients(model, hand_made_blocks(), geometry, LAYER_UNIT_KINDS, outputs=True)
+    scores = score_units(
+        "fisher", statistics, geometry, LAYER_UNIT_KINDS, load_tensor=refuse, gradients=gradients
+    ).values
+    for (layer, kind), units in gradients.units.items():
+        torch.testing.assert_close(scores[kind][layer], units.mask_sq / 4)
 
 
 def test_gram_matrices_are_read_only_by_methods_that_need_them() -> None:
@@ -249,8 +281,11 @@ def test_gram_matrices_are_read_only_by_methods_that_need_them() -> None:
             raise AssertionError(f"{site} was read")
 
     load = model.state_dict().get
-    for method in set(METHODS) - set(GRAM_METHODS):
-        score_units(method, statistics, geometry, ["ffn_channel"], load_tensor=load, grams=Closed())
+    gradients = collect_gradients(model, hand_made_blocks(), geometry, ["ffn_channel"])
+    for method in set(WIDTH_METHODS) - set(GRAM_METHODS):
+        score_units(
+            method, statistics, geometry, ["ffn_channel"], load_tensor=load, grams=Closed(), gradients=gradients
+        )
 
 
 @pytest.mark.parametrize("method", GRAM_METHODS)
@@ -277,8 +312,9 @@ def test_a_gram_matrix_that_is_not_finite_is_refused(method: str) -> None:
     sums = {key: value.clone() for key, value in grams("llama").sums.items()}
     sums[1, "gqa_group"][2, 3] = torch.inf
     broken, load = GramsInMemory(50, sums), model.state_dict().get
+    gradients = collect_gradients(model, hand_made_blocks(), geometry, ["gqa_group"], outputs=True)
     with pytest.raises(CheckpointError, match=r"Gram matrix of the gqa_groups of layer 1 holds NaN or infinity"):
-        score_units(method, statistics, geometry, ["gqa_group"], load_tensor=load, grams=broken)
+        score_units(method, statistics, geometry, ["gqa_group"], load_tensor=load, grams=broken, gradients=gradients)
 
 
 @pytest.mark.parametrize("method", list(METHODS))
@@ -288,7 +324,7 @@ def test_every_method_can_be_rehearsed(method: str) -> None:
         _, geometry, _ = calibrated(name)
         for options in variants(method):
             try:
-                rehearse(method, geometry, LAYER_UNIT_KINDS, options)
+                rehearse(method, geometry, METHODS[method].kinds, options)
             except ConfigError as error:
                 assert options == {"at": "linear"} and "gqa_group" in str(error)
 
@@ -300,7 +336,7 @@ def test_a_rehearsal_of_a_large_model_takes_no_time() -> None:
         kind: tuple(replace(axis, num_units=10**7, reader_width=axis.reader_width * 10**5) for axis in axes)
         for kind, axes in geometry.axes.items()
     }
-    for method in METHODS:
+    for method in WIDTH_METHODS:
         rehearse(method, replace(geometry, axes=huge), LAYER_UNIT_KINDS, {})
 
 
@@ -323,3 +359,30 @@ def test_second_order_scores_are_those_of_the_sums_at_hand() -> None:
     weight = model.model.layers[1].self_attn.o_proj.weight.detach()[:, 16:32]
     expected = torch.trace(weight @ torch.linalg.inv(inverse[16:32, 16:32]) @ weight.T)
     torch.testing.assert_close(scores.values["gqa_group"][1][1], expected)
+
+
+MEASURED_METHODS = [name for name in METHODS if METHODS[name].measure]
+
+
+@pytest.mark.parametrize("method", MEASURED_METHODS)
+def test_measured_methods_pass_on_what_was_measured(method: str) -> None:
+    """Of each block its own number; the scores say that they are an order already."""
+    _, geometry, statistics = calibrated("llama")
+    measured = {kind: [3.5 + number, 2.5 - number] for number, kind in enumerate(BLOCK_KINDS)}
+    scores = score_units(
+        method, statistics, geometry, BLOCK_KINDS, load_tensor=refuse, depth_method=method, removal_losses=measured
+    )
+    assert {kind: [layer.item() for layer in layers] for kind, layers in scores.values.items()} == measured
+    assert scores.cumulative
+    plain = score_units("block_influence", statistics, geometry, BLOCK_KINDS, load_tensor=refuse)
+    mixed = score_units("contextual", statistics, geometry, ["ffn_channel"], load_tensor=refuse, depth_method=method)
+    assert not plain.cumulative and not mixed.cumulative
+
+
+@pytest.mark.parametrize("method", MEASURED_METHODS)
+def test_without_text_blocks_cannot_be_measured(method: str) -> None:
+    """The message names the way that has text, and the methods that need none."""
+    _, geometry, statistics = calibrated("llama")
+    words = r"runs text each time.*Use a recipe \(secateur run, or secateur\.run\), or depth_method: block_influence\."
+    with pytest.raises(ConfigError, match=words):
+        score_units(method, statistics, geometry, [ATTENTION], load_tensor=refuse)
