@@ -25,8 +25,9 @@ def methods_page() -> str:
         "# Scoring methods",
         "",
         "Generated from the code. A method gives every unit one importance; higher = keep. Recipes name it in",
-        "`prune.method`. `random` and `reversed` are controls: a method is worth something only where it beats them at",
-        "the same size. [How contextual pruning is defined and was checked](contextual-pruning.md).",
+        "`prune.method`, for whole layers and sub-layers in `prune.depth_method`. `random` and `reversed` are",
+        "controls: a method is worth something only where it beats them at the same size.",
+        "[How contextual pruning is defined and was checked](contextual-pruning.md).",
     ]
     for name, method in METHODS.items():
         lines += [
@@ -34,6 +35,7 @@ def methods_page() -> str:
             f"## `{name}`" + (" (control)" if method.control else ""),
             "",
             f"- measures: {method.measures}",
+            f"- scores: {', '.join(f'`{kind}`' for kind in method.kinds)}",
             f"- formula: `{method.formula}`",
             f"- needs: {method.needs}; cost: {method.cost}",
             f"- when it is a bad idea: {method.caveat}",
@@ -53,6 +55,9 @@ def families_page() -> str:
         "Token ids (`vocabulary`) can be cut in every family; whether they can depends on the",
         "[tokenizer](tokenizer.md).",
         "",
+        "Whole layers (`layer`) and sub-layers (`attention`, `ffn`) can be taken out of every family, except as said",
+        "below; see [What can be removed?](units.md).",
+        "",
         "| family | `model_type` | " + " | ".join(f"`{kind}`" for kind in LAYER_UNIT_KINDS) + " |",
         "|---|---|" + "---|" * len(LAYER_UNIT_KINDS),
     ]
@@ -63,6 +68,11 @@ def families_page() -> str:
             rule = f"; uniform shape: {axis.divisor.number} must divide {axis.divisor.of}" if axis.divisor else ""
             cells.append(f"no: {axis.fixed}" if axis.fixed else f"yes{rule}")
         lines.append(f"| {name} | {', '.join(f'`{t}`' for t in family.model_types)} | {' | '.join(cells)} |")
+    lines += [""]
+    for name, family in families().items():
+        for fixed in family.blocks.fixed:
+            units = ", ".join(f"`{unit}`" for unit in fixed.units)
+            lines.append(f"- {name}: not {units}: {fixed.reason}")
     return "\n".join(lines) + "\n"
 
 

@@ -5,6 +5,11 @@ plan = secateur.plan(model, statistics, budget={"channels": 0.2})
 smaller = secateur.shrink(model, plan)
 score = secateur.evaluate(smaller, tokenizer, held_out_texts, exclude=statistics)
 
+With Gram matrices, methods such as ``obs`` can be used, and the channels that stay take over what they can:
+
+statistics = secateur.calibrate(model, tokenizer, texts, grams=True)
+smaller = secateur.shrink(model, secateur.plan(model, statistics, method="obs"), reconstruct=statistics)
+
 Where token ids go too, the tokenizer shrinks with the model:
 
 counts = secateur.count_tokens(tokenizer, texts)
@@ -15,30 +20,47 @@ smaller, its_tokenizer = secateur.shrink(model, plan), secateur.shrink_tokenizer
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, replace
+from functools import cached_property, reduce
 from pathlib import Path
 from typing import Any, Literal
 
+import torch
 from torch import Tensor
 
 from secateur import pipeline
 from secateur.allocate import Request, make_plan, with_constants
 from secateur.allocate.vocabulary import choose_tokens, size_for_budget
-from secateur.calibrate import collect
-from secateur.corpus import count_split_tokens, load_split, resegment
+from secateur.calibrate import collect, collect_gradients, collect_grams, collect_with_grams
+from secateur.calibrate.gradients import require_differentiable
+from secateur.corpus import PackedBlocks, count_split_tokens, load_split, resegment
 from secateur.errors import ConfigError, PlanError, TokenizerError
 from secateur.evaluate import evaluate_text
 from secateur.evaluate.footprint import model_shapes
 from secateur.families.geometry import Geometry, build_geometry
 from secateur.families.loader import family_of
+from secateur.pipeline_gradients import together as gradients_together
+from secateur.pipeline_grams import Reconstructor, Supply, judging_tokens, together
 from secateur.pipeline_vocabulary import read_vocabulary
 from secateur.progress import Progress, silent
 from secateur.recipe import CorpusSpec, PruneSpec, Recipe, load_recipe, parse_prune, parse_recipe
 from secateur.records.evaluation import TextScore
+from secateur.records.gradients import GradientStatistics
+from secateur.records.gram import BucketGrams, Grams
 from secateur.records.plan import Plan, VocabularyPlan
 from secateur.records.scores import Scores
-from secateur.records.statistics import BucketStatistics, Statistics, merge_buckets
+from secateur.records.statistics import (
+    BucketStatistics,
+    SiteKey,
+    Statistics,
+    merge_buckets,
+    mix_buckets,
+    normalised,
+)
 from secateur.records.token_counts import TokenCounts
-from secateur.score import score_units
+from secateur.records.units import SITE_KINDS, SITE_OF
+from secateur.registry import unknown_name
+from secateur.score import METHODS, score_units
 from secateur.shrink import shrink_config, shrink_generation_config, shrink_parameters
 from secateur.store.checkpoints import build_model, fingerprint_loaded, generation_data, parameter
 from secateur.store.tokenizers import (
@@ -91,9 +113,12 @@ def calibrate(
     tokenizer: Any,
     text: Text | Mapping[str, Text],
     *,
+    grams: bool | str | Sequence[str] = False,
+    gradients: bool = False,
     max_tokens: int | None = 65_536,
     block_size: int = 512,
     batch_size: int = 4,
+    gradient_tokens: int = 16_384,
     progress: Progress = silent,
 ) -> Statistics:
     """Return the statistics of one pass of text through a loaded model.
@@ -103,30 +128,147 @@ def calibrate(
         tokenizer: its fast tokenizer.
         text: documents or where they are, or several named buckets of them. The calibration split is used: by default
             80 % of the documents, chosen by their hash.
+        grams: take Gram matrices too, which some methods and ``shrink(reconstruct=...)`` need: True for every kind of
+            unit, or the names of those that are to be cut. They stay in memory, channels x channels x 8 bytes for every
+            projection that reads the units, and are also taken of the validation split, a quarter as much text.
+        gradients: take the loss's gradients too, which methods such as ``fisher`` need, in a backward pass.
         max_tokens: per bucket; None for all.
         block_size: tokens per block; longer documents are cut.
         batch_size: blocks per forward pass.
+        gradient_tokens: per bucket, with ``gradients``: how much of its text is run backwards at most.
         progress: told about finished tokens.
 
     Raises:
         CorpusError: unreadable or too little text.
+        ConfigError: ``grams`` names a kind of unit that has none, or gradients cannot be taken of these weights.
         FamilyError: the model type is not supported.
         CheckpointError: activations are not finite.
     """
     geometry = _geometry(model)
     geometry.require_positions(block_size)
+    kinds = list(dict.fromkeys(SITE_OF[kind] for kind in _gram_kinds(grams, geometry)))
+    differentiated = _gram_kinds(gradients, geometry)
+    if differentiated:
+        require_differentiable(model, geometry, differentiated, "calibrate(..., gradients=True)")
     named = text if isinstance(text, Mapping) else {"domain": text}
-    blocks = {
-        name: load_split(
-            _source(source), "calibration", tokenizer, block_size=block_size, max_tokens=max_tokens, name=name
+    blocks: dict[str, PackedBlocks] = {}
+    judging: dict[str, PackedBlocks] = {}
+    for name, source in named.items():
+        size: dict[str, Any] = {"block_size": block_size, "name": name}
+        blocks[name] = load_split(_source(source), "calibration", tokenizer, max_tokens=max_tokens, **size)
+        if kinds:
+            size |= {"max_tokens": judging_tokens(max_tokens, block_size)}
+            fitted_to = set(blocks[name].documents.tolist())
+            judging[name] = load_split(_source(source), "validation", tokenizer, exclude=fitted_to, **size)
+    Supply.of(geometry, kinds, {name: packed.num_tokens for name, packed in blocks.items()}).require()
+    buckets, matrices = {}, {}
+    for name, packed in blocks.items():
+        how: dict[str, Any] = {"batch_size": batch_size, "progress": progress, "label": f"calibrate on {name}"}
+        if not kinds:
+            buckets[name] = collect(model, packed, geometry, **how)
+            continue
+        buckets[name], fitted = collect_with_grams(model, packed, geometry, kinds, **how)
+        how["label"] = f"Gram matrices of {name} (validation)"
+        held_out = collect_grams(model, judging[name], geometry, kinds, **how)
+        matrices[name] = BucketGrams(fitted, held_out, torch.unique(judging[name].documents))
+    slopes = {
+        name: collect_gradients(
+            model,
+            packed,
+            geometry,
+            differentiated,
+            max_tokens=gradient_tokens,
+            outputs=True,
+            progress=progress,
+            label=f"gradients on {name}",
         )
-        for name, source in named.items()
+        for name, packed in (blocks.items() if differentiated else ())
     }
-    buckets = {
-        name: collect(model, packed, geometry, batch_size=batch_size, progress=progress, label=f"calibrate on {name}")
-        for name, packed in blocks.items()
-    }
-    return Statistics(fingerprint_loaded(model), geometry.family.name, buckets, pipeline.versions())
+    return Statistics(fingerprint_loaded(model), geometry.family.name, buckets, pipeline.versions(), matrices, slopes)
+
+
+def _gram_kinds(grams: bool | str | Sequence[str], geometry: Geometry) -> list[str]:
+    """Return the kinds of unit whose Gram matrices (or gradients) are asked for."""
+    known = [kind for kind in geometry.axes if not geometry.why_fixed(kind)]
+    if isinstance(grams, bool):
+        return known if grams else []
+    kinds = [grams] if isinstance(grams, str) else list(grams)
+    for kind in kinds:
+        if kind not in known:
+            raise ConfigError("grams: " + unknown_name("kind of unit", kind, known))
+    return kinds
+
+
+@dataclass(frozen=True)
+class _Texts:
+    """The buckets of some statistics that decide, and how much each counts."""
+
+    statistics: Statistics
+    names: Sequence[str]
+    mix: Mapping[str, float] | None
+
+    @classmethod
+    def of(
+        cls,
+        statistics: Statistics,
+        geometry: Geometry,
+        buckets: Sequence[str] | None,
+        mix: Mapping[str, float] | None,
+    ) -> _Texts:
+        """Return the chosen buckets; by default all but one called ``general``."""
+        pipeline.require_buckets(mix or (), statistics.buckets, "mix")
+        pipeline.require_buckets(buckets or (), statistics.buckets)
+        _require_taken_on(statistics, geometry)
+        return cls(statistics, list(mix or buckets or ()) or _domains(statistics), mix or None)
+
+    @cached_property
+    def merged(self) -> BucketStatistics:
+        buckets = self.statistics.buckets
+        return mix_buckets(buckets, self.mix) if self.mix else reduce(merge_buckets, [buckets[n] for n in self.names])
+
+    @property
+    def token_counts(self) -> Tensor:
+        """How often the texts use each token id; a mixture weighs units of layers only, so all domain text counts."""
+        names = _domains(self.statistics) if self.mix else self.names
+        return reduce(merge_buckets, [self.statistics.buckets[n] for n in names]).token_counts
+
+    def sites(self) -> frozenset[SiteKey]:
+        """Return the sites whose Gram matrices every one of the texts has."""
+        grams = [self.statistics.grams.get(name) for name in self.names]
+        return frozenset.intersection(*(frozenset(part.calibration.sums) if part else frozenset() for part in grams))
+
+    def require_grams(self, geometry: Geometry, kinds: Sequence[str], what: str) -> None:
+        """Raise ConfigError where Gram matrices of one of the kinds are missing, CorpusError where they say nothing."""
+        for kind in kinds:
+            if SITE_OF[kind] not in {at for _, at in self.sites()}:
+                raise ConfigError(
+                    f"{what} needs Gram matrices for the {kind}s, and these statistics of {', '.join(self.names)} hold "
+                    "none. Take them in the same pass: calibrate(..., grams=True)."
+                )
+        self.supply(geometry, kinds).require()
+
+    def supply(self, geometry: Geometry, kinds: Sequence[str]) -> Supply:
+        tokens = {name: self.statistics.buckets[name].num_tokens for name in self.names}
+        return Supply.of(geometry, kinds, tokens, self.mix)
+
+    def notes(self, geometry: Geometry, kinds: Sequence[str]) -> list[str]:
+        """Return what is to be said of how much text the Gram matrices rest on, where there are some."""
+        taken = {at for _, at in self.sites()}
+        return self.supply(geometry, [kind for kind in kinds if SITE_OF.get(kind) in taken]).notes()
+
+    def grams(self, split: Literal["calibration", "validation"]) -> Grams:
+        return together({name: getattr(self.statistics.grams[name], split) for name in self.names}, self.mix)
+
+    def gradients(self) -> GradientStatistics | None:
+        """Return the gradients of the texts together; None where one of them has none."""
+        found = self.statistics.gradients
+        if any(name not in found for name in self.names):
+            return None
+        return gradients_together({name: found[name] for name in self.names}, self.mix)
+
+
+def _domains(statistics: Statistics) -> list[str]:
+    return [name for name in statistics.buckets if name != "general"] or list(statistics.buckets)
 
 
 def count_tokens(
@@ -155,6 +297,7 @@ def plan(
     budget: Mapping[str, int | float | str] | None = None,
     method: str = "contextual",
     buckets: Sequence[str] | None = None,
+    mix: Mapping[str, int | float] | None = None,
     tokenizer: Any = None,
     token_counts: TokenCounts | None = None,
     **options: Any,
@@ -167,38 +310,37 @@ def plan(
         budget: as in a recipe: one of channels, groups, parameters, bytes, threshold; default 10 % of FFN channels, or
             none where only the vocabulary is cut.
         method: scoring method.
-        buckets: which buckets to judge by; default all but one called ``general``.
+        buckets: which buckets to judge by, every token alike; default all but one called ``general``.
+        mix: weights of the buckets to judge by, of any scale, for example ``{"medical": 0.8, "general": 0.2}``; instead
+            of ``buckets``. How much text each has does not matter.
         tokenizer: the model's tokenizer; needed only to cut the vocabulary.
         token_counts: of ``count_tokens``, on as much domain text as there is; by default the tokens of the calibration
             pass, which are far fewer.
         options: further keys of a recipe's ``prune`` section: shape, units, vocabulary, allocation, seed, options ...
 
     Raises:
-        ConfigError: an unknown method, option or bucket, or the vocabulary is to be cut and no tokenizer is given.
+        ConfigError: an unknown method, option or bucket; the vocabulary is to be cut and no tokenizer is given; or the
+            method needs Gram matrices and the statistics hold none.
+        CorpusError: the Gram matrices rest on too little text.
         PlanError: the budget cannot be met, or the statistics were taken on a model of another size.
         TokenizerError: the tokenizer is of a kind that cannot be rebuilt.
     """
-    spec: PruneSpec = parse_prune({"method": method, "budget": budget, **options})
+    asked = {"method": method, "budget": budget, "buckets": None if buckets is None else list(buckets), "mix": mix}
+    spec: PruneSpec = parse_prune({**asked, **options})
     geometry, shapes = _geometry(model), model_shapes(model)
     request = Request.of(spec, bytes_per_parameter=float(model.dtype.itemsize))
-    if spec.layer_kinds() and statistics is None:
+    kinds = spec.layer_kinds()
+    if kinds and statistics is None:
         raise ConfigError("units of layers are chosen from statistics, and none were given. Pass those of calibrate().")
-    merged, chosen = _merged(statistics, buckets, geometry) if statistics is not None else (None, [])
-    pass_counts = None if merged is None else merged.token_counts
-    counts = pass_counts if token_counts is None else token_counts.counts
-    scores = Scores(spec.method, {}, chosen, {})
-    if merged is not None and spec.layer_kinds():
-        scores = score_units(
-            spec.method,
-            merged,
-            geometry,
-            spec.layer_kinds(),
-            load_tensor=lambda name: parameter(model, name),
-            options=spec.options,
-            seed=spec.seed,
-            buckets=chosen,
-            inputs_fingerprint=statistics.model_fingerprint if statistics is not None else "",
+    if spec.reconstruct != "none":
+        raise ConfigError(
+            "a plan does not reconstruct; ask shrink for it: shrink(model, plan, reconstruct=statistics)."
         )
+    texts = None if statistics is None else _Texts.of(statistics, geometry, spec.buckets, spec.mix)
+    scores = Scores(spec.method, {}, () if texts is None else texts.names, {})
+    if texts is not None and kinds:
+        scores = _score(model, texts, spec, geometry)
+    counts = token_counts.counts if token_counts is not None else None if texts is None else texts.token_counts
     made = make_plan(
         scores,
         geometry,
@@ -206,22 +348,34 @@ def plan(
         request,
         vocabulary=_plan_vocabulary(model, tokenizer, spec, request, counts),
         model_fingerprint="" if statistics is None else statistics.model_fingerprint,
-        calibration_tokens=merged.num_tokens if merged is not None and spec.layer_kinds() else 0,
+        calibration_tokens=texts.merged.num_tokens if texts is not None and kinds else 0,
     )
-    return made if merged is None else with_constants(made, geometry, merged.moments, shapes)
+    if texts is None:
+        return made
+    shares = normalised(texts.mix) if texts.mix else {}
+    made = replace(made, mix=shares, notes=(*made.notes, *texts.notes(geometry, kinds)))
+    return with_constants(made, geometry, texts.merged.moments, shapes)
 
 
-def _merged(
-    statistics: Statistics, buckets: Sequence[str] | None, geometry: Geometry
-) -> tuple[BucketStatistics, list[str]]:
-    """Return the statistics of the chosen buckets together, and their names."""
-    chosen = list(buckets) if buckets else [n for n in statistics.buckets if n != "general"] or list(statistics.buckets)
-    pipeline.require_buckets(chosen, statistics.buckets)
-    _require_taken_on(statistics, geometry)
-    merged = statistics.buckets[chosen[0]]
-    for name in chosen[1:]:
-        merged = merge_buckets(merged, statistics.buckets[name])
-    return merged, chosen
+def _score(model: Any, texts: _Texts, spec: PruneSpec, geometry: Geometry) -> Scores:
+    reads_grams = bool(spec.width_kinds()) and METHODS[spec.method].reads_grams(spec.options)
+    if reads_grams:
+        texts.require_grams(geometry, spec.width_kinds(), f"method {spec.method}")
+    return score_units(
+        spec.method,
+        texts.merged,
+        geometry,
+        spec.layer_kinds(),
+        load_tensor=lambda name: parameter(model, name),
+        options=spec.options,
+        seed=spec.seed,
+        buckets=texts.names,
+        inputs_fingerprint=texts.statistics.model_fingerprint,
+        grams=texts.grams("calibration") if reads_grams else None,
+        gradients=texts.gradients(),
+        depth_method=spec.depth_method,
+        depth_options=spec.depth_options,
+    )
 
 
 def _plan_vocabulary(
@@ -251,7 +405,10 @@ def _plan_vocabulary(
 def _require_taken_on(statistics: Statistics, geometry: Geometry) -> None:
     """Raise PlanError where a model of this geometry cannot have given the statistics."""
     channels = {
-        (axis.layer, kind): axis.num_units * axis.reader_width for kind, axes in geometry.axes.items() for axis in axes
+        (axis.layer, kind): axis.num_units * axis.reader_width
+        for kind in SITE_KINDS
+        for axis in geometry.axes[kind]
+        if axis.num_units
     }
     for name, bucket in statistics.buckets.items():
         if {site: len(moments.sum) for site, moments in bucket.moments.items()} != channels:
@@ -261,17 +418,39 @@ def _require_taken_on(statistics: Statistics, geometry: Geometry) -> None:
             )
 
 
-def shrink(model: Any, plan: Plan) -> Any:
+def shrink(model: Any, plan: Plan, *, reconstruct: Statistics | None = None) -> Any:
     """Return a new, physically smaller transformers model that shares no memory with the given one.
 
+    Args:
+        model: the model the plan was made for.
+        plan: which units stay.
+        reconstruct: statistics with Gram matrices, of ``calibrate(..., grams=True)``: projections that lost channels
+            are fitted anew by least squares, on the buckets and with the weights that the plan was made with. How far
+            each fit goes is chosen on validation text. None keeps the weights that stay as they are.
+
     Raises:
-        PlanError: the plan was made for another model.
+        ConfigError: the statistics hold no Gram matrices of what is cut, or nothing is cut that could be reconstructed.
+        CorpusError: the Gram matrices rest on too little text.
+        PlanError: the plan was made for another model, or the statistics were taken on one of another size.
     """
     geometry = _geometry(model)
     config = shrink_config(model.config.to_dict(), plan, geometry)
-    kept = shrink_parameters(model.state_dict().items(), plan, geometry)
+    reconstructor = None if reconstruct is None else _reconstructor(plan, reconstruct, geometry)
+    kept = shrink_parameters(model.state_dict().items(), plan, geometry, reconstructor)
     generation = shrink_generation_config(generation_data(model), plan)
     return build_model(config, ((name, tensor.clone()) for name, tensor in kept), model, generation)
+
+
+def _reconstructor(plan: Plan, statistics: Statistics, geometry: Geometry) -> Reconstructor:
+    """Return what fits the projections that lose channels, on the text that the plan was made from."""
+    cut = [kind for kind, layers in plan.layers.items() if any(layer.is_narrowed for layer in layers)]
+    kinds = [kind for kind in cut if kind in geometry.axes]
+    if not kinds:
+        raise ConfigError("this plan takes no channels from a projection, so nothing can be reconstructed.")
+    pipeline.require_buckets(plan.calibrated_on, statistics.buckets, "text that the plan was made from")
+    texts = _Texts.of(statistics, geometry, plan.calibrated_on, plan.mix)
+    texts.require_grams(geometry, kinds, "reconstruction")
+    return Reconstructor(texts.grams("calibration"), texts.grams("validation"))
 
 
 def shrink_tokenizer(tokenizer: Any, plan: Plan) -> Any:
@@ -310,7 +489,7 @@ def evaluate(
         model: a transformers causal language model.
         tokenizer: its fast tokenizer.
         text: documents or where they are; the test split is used: by default 10 % of them, chosen by their hash.
-        exclude: statistics whose calibration documents must not be measured on, however the text was split.
+        exclude: statistics whose documents must not be measured on, however the text was split.
         dense_tokenizer: of the dense model, where ``tokenizer`` is a smaller one: the text is then chosen and its bytes
             are counted as for the dense model, so that bits per byte can be compared.
         split: which split to measure on.
@@ -323,7 +502,8 @@ def evaluate(
         CorpusError: unreadable or too little text.
     """
     _geometry(model).require_positions(block_size)
-    seen = {h for bucket in (exclude.buckets.values() if exclude else ()) for h in bucket.documents.tolist()}
+    used: list[BucketStatistics | BucketGrams] = [*exclude.buckets.values(), *exclude.grams.values()] if exclude else []
+    seen = {document for part in used for document in part.documents.tolist()}
     blocks = load_split(
         _source(text),
         split,

@@ -21,10 +21,13 @@ from typing import Any, Literal
 
 import torch
 
-from secateur.allocate import Request, make_plan, same_size_plan, with_constants
-from secateur.allocate.budget import parameters_after
+from secateur.allocate import Request, choose_blocks, make_plan, same_size_plan, with_constants
+from secateur.allocate.blocks import BlockCut, Order
+from secateur.allocate.budget import parameters_after, token_cost
+from secateur.allocate.counts import keep_best
 from secateur.allocate.vocabulary import size_for_budget
-from secateur.calibrate import collect, collect_grams, collect_with_grams
+from secateur.calibrate import collect, collect_gradients, collect_grams, collect_with_grams
+from secateur.calibrate.gradients import require_dtype
 from secateur.corpus import (
     PackedBlocks,
     check_sources,
@@ -37,26 +40,41 @@ from secateur.corpus.split import Split
 from secateur.errors import CheckpointError, ConfigError
 from secateur.evaluate import evaluate_resegmented, evaluate_text, model_parameters
 from secateur.evaluate.footprint import memory_bytes
+from secateur.evaluate.output_change import Measure, OutputChange
 from secateur.export import export_huggingface
 from secateur.export.model_card import read_front_matter, render_model_card
-from secateur.families.geometry import build_geometry
-from secateur.pipeline_grams import GramStage, Reconstructor, summary
+from secateur.families.geometry import build_geometry, parameters_by_part
+from secateur.pipeline_bounds import smallest_within
+from secateur.pipeline_depth import DepthStage, Meters
+from secateur.pipeline_gradients import GradientStage
+from secateur.pipeline_grams import GramStage, Reconstructor, Supply, judging_tokens, summary
+from secateur.pipeline_search import MEASURED, Search, build_choices, find_counts, is_measured, quick_reconstruct
 from secateur.pipeline_streams import FittedWeights, fit_on_pruned_stream
 from secateur.pipeline_vocabulary import VocabularyStage
 from secateur.progress import Progress, silent
-from secateur.recipe import Recipe
-from secateur.records.evaluation import Evaluation, ModelScore, TextScore, VocabularyEffect
+from secateur.recipe import LOSS_BOUNDS, Recipe
+from secateur.records.evaluation import (
+    Evaluation,
+    ModelScore,
+    PairedDifference,
+    TextScore,
+    VocabularyEffect,
+    relative_rise,
+)
+from secateur.records.gradients import GradientStatistics
 from secateur.records.gram import GramsInMemory
 from secateur.records.plan import Plan, VocabularyPlan
 from secateur.records.scores import Scores
-from secateur.records.statistics import BucketStatistics, merge_buckets
+from secateur.records.statistics import BucketStatistics, merge_buckets, mix_buckets, normalised
 from secateur.registry import unknown_name
 from secateur.report.markdown import render_report
 from secateur.report.tables import evidence_table, parts_table, result_table, verdict
 from secateur.score import METHODS, rehearse, score_units
 from secateur.shrink import check_plan, shrink_config, shrink_generation_config, shrink_parameters
 from secateur.shrink.apply import Reconstruct
+from secateur.shrink.stand_in_weights import StandInWeights
 from secateur.store.artifacts import (
+    STATISTICS_VERSION,
     digest,
     read_json,
     read_statistics,
@@ -68,6 +86,7 @@ from secateur.store.artifacts import (
 from secateur.store.checkpoints import (
     build_model,
     choose_device,
+    choose_dtype,
     fingerprint,
     generation_data,
     load_model,
@@ -200,7 +219,8 @@ class _Job:
         spec = self.recipe.prune.vocabulary_spec()
         if spec is None:
             return None
-        names = self._named(spec.buckets, self.pruning_buckets, "prune.vocabulary.buckets")
+        default = list(self.recipe.domain) if self.recipe.prune.mix else self.pruning_buckets
+        names = self._named(spec.buckets, default, "prune.vocabulary.buckets")
         corpora = self.recipe.buckets()
         return VocabularyStage(
             spec,
@@ -215,11 +235,14 @@ class _Job:
     @cached_property
     def vocabulary_plan(self) -> VocabularyPlan | None:
         """Which token ids stay; where the budget is met by the vocabulary alone, as many as it leaves."""
+        return self._vocabulary_for(self.request)
+
+    def _vocabulary_for(self, request: Request) -> VocabularyPlan | None:
         if self.vocabulary is None:
             return None
-        by_budget = not self.layer_kinds and self.request.budget
+        by_budget = not self.layer_kinds and {"parameters", "bytes"} & set(request.budget)
         shapes, geometry = self.checkpoint.shapes, self.checkpoint.geometry
-        return self.vocabulary.plan(size_for_budget(self.request, geometry, shapes) if by_budget else None)
+        return self.vocabulary.plan(size_for_budget(request, geometry, shapes) if by_budget else None)
 
     @cached_property
     def calibration_buckets(self) -> list[str]:
@@ -230,10 +253,12 @@ class _Job:
 
     @cached_property
     def pruning_buckets(self) -> list[str]:
-        named = self._named(self.recipe.prune.buckets, list(self.recipe.domain), "prune.buckets")
+        mix = self.recipe.prune.mix
+        asked, key = (list(mix), "prune.mix") if mix else (self.recipe.prune.buckets, "prune.buckets")
+        named = self._named(asked, list(self.recipe.domain), key)
         missing = [name for name in named if self.layer_kinds and name not in self.calibration_buckets]
         if missing:
-            raise ConfigError(f"prune.buckets names {missing[0]}, which calibrate.buckets leaves out. Add it there.")
+            raise ConfigError(f"{key} names {missing[0]}, which calibrate.buckets leaves out. Add it there.")
         return named
 
     def _named(self, asked: Sequence[str] | None, default: list[str], key: str) -> list[str]:
@@ -244,15 +269,17 @@ class _Job:
     def grams(self) -> GramStage:
         """The Gram matrices' part of the run; it does nothing where neither method nor reconstruction needs them."""
         prune = self.recipe.prune
-        needed = prune.reconstruct == "dense" or METHODS[prune.method].reads_grams(prune.options)
+        measured = prune.reconstruct != "none" and prune.allocation in MEASURED
+        needed = prune.reconstruct == "dense" or measured or METHODS[prune.method].reads_grams(prune.options)
         return GramStage(
-            kinds=self.layer_kinds if needed else [],
+            kinds=prune.width_kinds() if needed else [],
             buckets=self.pruning_buckets,
             judged=prune.reconstruct == "dense",
             folder=self.folder,
             facts={"model_fingerprint": self.model_fingerprint},
             key=self._calibration_key,
             collect=self._collect_grams,
+            mix=prune.mix,
         )
 
     def _collect_grams(self, name: str, split: Split) -> GramsInMemory:
@@ -267,6 +294,35 @@ class _Job:
         )
 
     @cached_property
+    def gradients(self) -> GradientStage:
+        """The gradients' part of the run; it does nothing where the method does without."""
+        prune = self.recipe.prune
+        return GradientStage(
+            kinds=prune.width_kinds() if METHODS[prune.method].reads_gradients(prune.options) else [],
+            buckets=self.pruning_buckets,
+            max_tokens=self.recipe.calibrate.gradient_tokens,
+            outputs=METHODS[prune.method].reads_output_gradients(prune.options),
+            folder=self.folder,
+            facts={"model_fingerprint": self.model_fingerprint},
+            key=self._calibration_key,
+            collect=self._collect_gradients,
+            mix=prune.mix,
+        )
+
+    def _collect_gradients(self, name: str) -> GradientStatistics:
+        return collect_gradients(
+            self.dense,
+            self._calibration_blocks(name),
+            self.checkpoint.geometry,
+            self.gradients.kinds,
+            max_tokens=self.gradients.max_tokens,
+            outputs=self.gradients.outputs,
+            progress=self.progress,
+            label=f"gradients on {name}",
+            who=f"method {self.recipe.prune.method}",
+        )
+
+    @cached_property
     def request(self) -> Request:
         return Request.of(self.recipe.prune, bytes_per_parameter=float(self.checkpoint.dtype.itemsize))
 
@@ -277,14 +333,20 @@ class _Job:
     def check(self, until: Stage) -> None:
         """Resolve every name and refuse what cannot work, before weights are read, text is run or files are written."""
         METHODS[self.recipe.prune.method].check_options(self.recipe.prune.options)
+        METHODS[self.recipe.prune.depth_method].check_options(self.recipe.prune.depth_options)
         _ = self.pruning_buckets
         for spec in self.recipe.buckets().values():
             check_sources(spec)
-        choose_device(self.recipe.device)
+        device = choose_device(self.recipe.device)
+        if self.gradients.kinds:
+            dtype = choose_dtype(self.recipe.dtype, self.checkpoint.dtype, device)
+            require_dtype(dtype, "the model", f"method {self.recipe.prune.method}")
         if self.vocabulary is not None:
             self.vocabulary.check()
         self._rehearse()
+        self._require_enough_text()
         self._read_new_text(until)
+        self._require_enough_text()
         self.folder.describe(
             versions=versions(),
             model=self.recipe.model,
@@ -299,20 +361,38 @@ class _Job:
         """Plan on made-up scores, so that a budget that cannot be met is refused before calibration."""
         geometry, kinds = self.checkpoint.geometry, self.layer_kinds
         geometry.require_positions(self.recipe.calibrate.block_size)
-        rehearse(self.recipe.prune.method, geometry, kinds, self.recipe.prune.options)
+        prune = self.recipe.prune
+        rehearse(prune.method, geometry, prune.width_kinds(), prune.options)
+        rehearse(prune.depth_method, geometry, prune.block_kinds(), prune.depth_options)
+        self._check_measurements()
         vocabulary = self.vocabulary_plan
-        if "threshold" in self.request.budget or not kinds:
+        if "threshold" in self.request.budget or self._bounds or not kinds:
             return
-        values = {
-            kind: [torch.arange(axis.num_units, dtype=torch.float64) for axis in geometry.axes[kind]] for kind in kinds
-        }
+        counts = {kind: geometry.num_units(kind) for kind in kinds}
+        values = {kind: [torch.arange(n, dtype=torch.float64) for n in per_layer] for kind, per_layer in counts.items()}
         scores = Scores("rehearsal", {}, (), values)
-        make_plan(scores, geometry, self.checkpoint.shapes, self.request, vocabulary=vocabulary)
+        request = replace(self.request, influence=[0.0] * geometry.num_layers)
+        make_plan(scores, geometry, self.checkpoint.shapes, request, vocabulary=vocabulary)
+
+    def _check_measurements(self) -> None:
+        """Refuse to measure on less than a block of text, or an order of removals that nothing asks for."""
+        prune, block_size = self.recipe.prune, self.recipe.calibrate.block_size
+        in_order = bool(prune.block_kinds()) and bool(METHODS[prune.depth_method].measure)
+        if (in_order or prune.allocation in MEASURED) and prune.search.tokens < block_size:
+            raise ConfigError(
+                f"prune.search.tokens is {prune.search.tokens}, less than one block of {block_size} tokens. Raise it, "
+                "or lower calibrate.block_size."
+            )
+        if in_order and prune.allocation in MEASURED and prune.shape == "uneven":
+            raise ConfigError(
+                f"allocation: {prune.allocation} measures whole blocks itself, so depth_method: {prune.depth_method} "
+                "would be measured for nothing. Leave depth_method out, or use another allocation."
+            )
 
     def _read_new_text(self, until: Stage) -> None:
         """Read the text that is still to be calibrated on, and the test text, so that too little is said now."""
         for name in self.calibration_buckets:
-            if not self._is_calibrated(name):
+            if not self._is_calibrated(name) or self.gradients.is_missing(name):
                 _ = self._calibration_blocks(name)
             for split in self.grams.missing(name):
                 _ = self._split_blocks(name, split)
@@ -320,6 +400,33 @@ class _Job:
                 _ = self._split_blocks(name, "validation")
         if until == "evaluate" and not self._is_evaluated("dense", None):
             _ = self.test_blocks
+
+    def _require_enough_text(self) -> None:
+        """Refuse Gram matrices that would be singular; before the text is read, by the most that may be taken."""
+        if (supply := self._supply()) is not None:
+            supply.require()
+
+    def _supply(self) -> Supply | None:
+        """Return how much text Gram matrices rest on; None where none are needed or no limit is known yet."""
+        wanted = self.layer_kinds if self.recipe.prune.reconstruct == "pruned" else self.grams.kinds
+        kinds = [kind for kind in wanted if kind in self.checkpoint.geometry.axes]
+        if not kinds:
+            return None
+        tokens = {name: self._num_calibration_tokens(name) for name in self.pruning_buckets}
+        known = {name: count for name, count in tokens.items() if count is not None}
+        if len(known) < len(tokens):
+            return None
+        return Supply.of(self.checkpoint.geometry, kinds, known, self.recipe.prune.mix)
+
+    def _num_calibration_tokens(self, name: str) -> int | None:
+        """Return the tokens of a bucket that are calibrated on; before it is read, the most that may be."""
+        if name in self.result.statistics:
+            return self.result.statistics[name].num_tokens
+        if (name, "calibration") in self._read:
+            return self._read[name, "calibration"].num_tokens
+        if self._is_calibrated(name):
+            return read_statistics(self._statistics_file(name))[0].num_tokens
+        return self.recipe.calibrate.max_tokens
 
     # -- stages --------------------------------------------------------------------------------------------------
 
@@ -329,6 +436,7 @@ class _Job:
         for name in self.calibration_buckets:
             calibrated_now = f"calibrate:{name}" not in self.result.reused
             self.result.reused += self.grams.take(name)[calibrated_now:]  # the first came with the calibration
+            self.result.reused += self.gradients.take(name)
 
     def _calibrate_bucket(self, name: str) -> BucketStatistics:
         stage, file = f"calibrate:{name}", self._statistics_file(name)
@@ -368,8 +476,8 @@ class _Job:
         return self.folder.path / "statistics" / f"{name}.safetensors"
 
     def _calibration_key(self, name: str) -> str:
-        options = self.recipe.calibrate.model_dump(exclude={"buckets", "batch_size"})
-        return digest(self.model_fingerprint, self.source_keys[name], options, self.recipe.dtype)
+        options = self.recipe.calibrate.model_dump(exclude={"buckets", "batch_size", "gradient_tokens"})
+        return digest(STATISTICS_VERSION, self.model_fingerprint, self.source_keys[name], options, self.recipe.dtype)
 
     def _is_calibrated(self, name: str) -> bool:
         file = self._statistics_file(name)
@@ -378,7 +486,7 @@ class _Job:
 
     def _reconstructor(self, plan: Plan) -> Reconstructor | FittedWeights | None:
         """Return what gives the weights of projections that lose channels; None keeps their columns as they are."""
-        if self.recipe.prune.reconstruct == "none" or not plan.layers:
+        if self.recipe.prune.reconstruct == "none" or not plan.narrows:
             return None
         if self.recipe.prune.reconstruct == "pruned":
             texts: dict[Split, list[PackedBlocks]] = {
@@ -391,6 +499,7 @@ class _Job:
                 texts["calibration"],
                 texts["validation"],
                 batch_size=self.recipe.calibrate.batch_size,
+                shares=list(normalised(self.recipe.prune.mix).values()) if self.recipe.prune.mix else None,
                 progress=self.progress,
             )
         return self.grams.reconstructor()
@@ -406,15 +515,15 @@ class _Job:
         return self._read[name, split]
 
     def _max_tokens(self, split: Split) -> int | None:
-        """Return how many tokens of a split are taken; a quarter of the calibration's to judge a fit."""
+        """Return how many tokens of a split are taken at most."""
         calibrate = self.recipe.calibrate
         if split == "test":
             return self.recipe.evaluate.max_tokens
-        if split == "calibration" or calibrate.max_tokens is None:
+        if split == "calibration":
             return calibrate.max_tokens
-        return max(calibrate.block_size, calibrate.max_tokens // 4)
+        return judging_tokens(calibrate.max_tokens, calibrate.block_size)
 
-    def _blocks(self, name: str, split: Split) -> PackedBlocks:
+    def _blocks(self, name: str, split: Split, max_tokens: int | None = None) -> PackedBlocks:
         exclude: Collection[int] = frozenset()
         if split == "test":
             exclude = self._calibrated_documents()
@@ -426,10 +535,10 @@ class _Job:
                 split,
                 self.tokenizer,
                 block_size=self.recipe.calibrate.block_size,
-                max_tokens=self._max_tokens(split),
+                max_tokens=max_tokens or self._max_tokens(split),
                 exclude=exclude,
                 name=name,
-                keep_text=split == "test" and self.vocabulary is not None,
+                keep_text=split != "calibration" and self.vocabulary is not None,
             )
             task.advance(1)
         self._require_known_tokens(blocks)
@@ -462,32 +571,87 @@ class _Job:
         return set(self._calibration_blocks(name).documents.tolist())
 
     def _merged(self) -> BucketStatistics:
+        if self.recipe.prune.mix:
+            return mix_buckets(self.result.statistics, self.recipe.prune.mix)
         first, *rest = (self.result.statistics[name] for name in self.pruning_buckets)
         for statistics in rest:
             first = merge_buckets(first, statistics)
         return first
 
-    def _score(self, method: str, statistics: BucketStatistics, options: Mapping[str, Any], *, seed: int) -> Scores:
+    def _score(
+        self,
+        method: str,
+        statistics: BucketStatistics,
+        options: Mapping[str, Any],
+        depth_method: str,
+        depth_options: Mapping[str, Any],
+        *,
+        kinds: Sequence[str] | None = None,
+        request: Request | None = None,
+    ) -> Scores:
+        """Return the scores of some kinds of unit, by default all that are cut; ``request`` says how far to measure."""
         return score_units(
             method,
             statistics,
             self.checkpoint.geometry,
-            self.layer_kinds,
+            self.layer_kinds if kinds is None else kinds,
             load_tensor=lambda name: parameter(self.dense, name),
             options=options,
-            seed=seed,
+            seed=self.recipe.prune.seed,
             buckets=self.pruning_buckets,
             inputs_fingerprint=self.model_fingerprint,
             grams=self.grams.load("calibration"),
+            gradients=self.gradients.load(),
+            depth_method=depth_method,
+            depth_options=depth_options,
+            removal_losses=self._removal_losses(depth_method, request or self.request),
         )
+
+    def _removal_losses(self, depth_method: str, request: Request) -> Mapping[str, Sequence[float]] | None:
+        """Return what is measured as blocks go, as many as a budget asks; for a bound only the first of each."""
+        kinds = self.recipe.prune.block_kinds()
+        if not (kinds and METHODS[depth_method].measure):
+            return None
+        geometry, shapes = self.checkpoint.geometry, self.checkpoint.shapes
+
+        def choose(order: Order) -> BlockCut:
+            if set(request.budget) & set(LOSS_BOUNDS):
+                return BlockCut(geometry)
+            vocabulary = self._vocabulary_for(request)
+            given_up = vocabulary.num_removed * token_cost(geometry, shapes) if vocabulary else 0
+            competing = kinds if request.allocation in MEASURED else self.layer_kinds
+            return choose_blocks(competing, geometry, shapes, request, order, given_up=given_up)
+
+        return self._depth.removal_losses(kinds, choose)
+
+    @cached_property
+    def _depth(self) -> DepthStage:
+        """The measured removals of whole blocks; it does nothing before it is asked."""
+        prune, measure = self.recipe.prune, METHODS[self.recipe.prune.depth_method].measure
+        assert measure, "only methods with a measure have blocks taken out"
+        mix = normalised(prune.mix) if prune.mix else {}
+        return DepthStage(
+            self.checkpoint.geometry,
+            lambda name: parameter(self.dense, name),
+            lambda: self._meters(measure),
+            self.folder,
+            digest([self._calibration_key(name) for name in self.pruning_buckets], mix, prune.search.tokens, measure),
+            self.progress,
+            self.result.reused,
+        )
+
+    def _meters(self, measure: Measure) -> Meters:
+        """Return what measures candidates on the first calibration text of every bucket that decides."""
+        prune, source = self.recipe.prune, LoadedLayers(self.dense, self.checkpoint.geometry)
+        texts = {name: self._blocks(name, "calibration", prune.search.tokens) for name in self.pruning_buckets}
+        sizes = {name: float(blocks.num_tokens) for name, blocks in texts.items()}
+        meters = {name: OutputChange(source, blocks, measure=measure) for name, blocks in texts.items()}
+        return Meters(meters, normalised(prune.mix or sizes))
 
     def plan(self) -> None:
         file, prune = self.folder.path / "plan.json", self.recipe.prune
         merged = self._merged() if self.layer_kinds else None
-        inputs = [] if merged is None else [statistics_digest(merged)]
-        if self.vocabulary is not None:
-            inputs += [self.vocabulary.vocabulary.fingerprint, self.vocabulary.merged.fingerprint]
-        key = digest(self.model_fingerprint, inputs, prune.model_dump(), self.checkpoint.dtype.itemsize)
+        key = self._plan_key(merged)
         if self.folder.is_done("plan", key, file):
             self.result.reused.append("plan")
             self.result.plan = self._read_plan(file, merged)
@@ -496,31 +660,134 @@ class _Job:
             return
         started = time.perf_counter()
         self.folder.forget("plan")
-        plan = make_plan(
-            Scores(self.recipe.prune.method, {}, self.pruning_buckets, {})
-            if merged is None
-            else self._write_scores(merged),
-            self.checkpoint.geometry,
-            self.checkpoint.shapes,
-            self.request,
-            vocabulary=self.vocabulary_plan,
-            model_fingerprint=self.model_fingerprint,
-            calibration_tokens=0 if merged is None else merged.num_tokens,
-        )
-        self.result.plan = self._with_constants(plan, merged)
+        scores = Scores(prune.method, {}, self.pruning_buckets, {}) if merged is None else self._write_scores(merged)
+        plan = self._bounded_plan(scores, merged) if self._bounds else self._plan_for(self.request, scores, merged)
+        self.result.plan = self._with_constants(self._with_text(plan), merged)
         write_json(file, self.result.plan.to_dict())
         self.folder.finish("plan", key, started)
 
+    def _plan_key(self, merged: BucketStatistics | None) -> str:
+        inputs = [] if merged is None else [statistics_digest(merged), *self.gradients.keys()]
+        if self.vocabulary is not None:
+            inputs += [self.vocabulary.vocabulary.fingerprint, self.vocabulary.merged.fingerprint]
+        return digest(self.model_fingerprint, inputs, self.recipe.prune.model_dump(), self.checkpoint.dtype.itemsize)
+
+    def _plan_for(self, request: Request, scores: Scores, merged: BucketStatistics | None) -> Plan:
+        """Return the plan that meets a budget in size."""
+        geometry, shapes = self.checkpoint.geometry, self.checkpoint.shapes
+        vocabulary = self._vocabulary_for(request)
+        if merged is not None:
+            cosine = merged.cosine_sum / merged.num_tokens
+            request = replace(request, influence=(1 - cosine).tolist())
+        return make_plan(
+            scores,
+            geometry,
+            shapes,
+            request,
+            vocabulary=vocabulary,
+            model_fingerprint=self.model_fingerprint,
+            calibration_tokens=0 if merged is None else merged.num_tokens,
+            counts=self._measured_counts(request, scores, vocabulary) if is_measured(request, scores) else None,
+        )
+
+    def _measured_counts(
+        self, request: Request, scores: Scores, vocabulary: VocabularyPlan | None
+    ) -> Mapping[str, Sequence[int]]:
+        geometry, shapes = self.checkpoint.geometry, self.checkpoint.shapes
+        given_up = vocabulary.num_removed * token_cost(geometry, shapes) if vocabulary else 0
+        return find_counts(self._search(scores), request, geometry, shapes, scores, given_up)
+
+    def _search(self, scores: Scores) -> Search:
+        prune, geometry = self.recipe.prune, self.checkpoint.geometry
+        meters = self._meters("kl")
+        grams = self.grams.load("calibration") if prune.reconstruct != "none" else None
+        options = prune.model_dump(exclude={"budget", "vocabulary"})
+        return Search(
+            meters=meters.by_bucket,
+            weights=meters.weights,
+            stand_ins=StandInWeights(
+                geometry,
+                lambda name: parameter(self.dense, name),
+                lambda kind, layer, count: keep_best(
+                    scores.values[kind][layer], count, groups=geometry.axes[kind][layer].num_groups
+                ),
+                None if grams is None else quick_reconstruct(grams),
+            ),
+            choices=build_choices(geometry, self.checkpoint.shapes, self.request, scores, prune.layer_kinds()),
+            spec=prune.search,
+            folder=self.folder,
+            key=digest([self._calibration_key(name) for name in self.pruning_buckets], options),
+            seed=prune.seed,
+            progress=self.progress,
+            reused=self.result.reused,
+        )
+
+    # -- budgets in quality --------------------------------------------------------------------------------------
+
+    @cached_property
+    def _bounds(self) -> dict[str, float]:
+        """By bucket, how much its loss may rise; empty where the budget is a size."""
+        return self.recipe.loss_bounds()
+
+    def _bounded_plan(self, scores: Scores, merged: BucketStatistics | None) -> Plan:
+        geometry, shapes = self.checkpoint.geometry, self.checkpoint.shapes
+        total = sum(parameters_by_part(shapes, geometry).values())
+        by_rule = self.vocabulary_plan if self.layer_kinds else None
+        plan = smallest_within(
+            self._bounds,
+            least=by_rule.num_removed * token_cost(geometry, shapes) / total if by_rule else 0.0,
+            plan=lambda share: self._plan_of_size(share, scores, merged),
+            measure=lambda plan: self._rises(self._with_constants(plan, merged)),
+            file=self.folder.path / "search" / "sizes.json",
+            key=digest(self._plan_key(merged), [self._calibration_key(name) for name in self._bounds]),
+            progress=self.progress,
+        )
+        return replace(plan, budget=dict(self.request.budget))
+
+    def _plan_of_size(self, share: float, scores: Scores, merged: BucketStatistics | None) -> Plan:
+        """Return the plan that removes a share of all parameters; measured removals go as far as that needs."""
+        request, prune = replace(self.request, budget={"parameters": share}), self.recipe.prune
+        if merged is not None and scores.cumulative:
+            depth = prune.depth_method, prune.depth_options
+            blocks = self._score(depth[0], merged, depth[1], *depth, kinds=prune.block_kinds(), request=request)
+            scores = replace(scores, values={**scores.values, **blocks.values})
+        return self._plan_for(request, scores, merged)
+
+    def _rises(self, plan: Plan) -> dict[str, PairedDifference]:
+        """Return by how much a plan's model loses more than the dense one, per bounded bucket, on validation text."""
+        model = self._pruned(plan, None, self._reconstructor(plan))
+        tokenizer = self._tokenizer_of(plan)
+        return {
+            name: relative_rise(self._validation_score(name, model, tokenizer), self._dense_validation[name])
+            for name in self._bounds
+        }
+
+    @cached_property
+    def _dense_validation(self) -> dict[str, TextScore]:
+        return {name: self._validation_score(name, self.dense, self.tokenizer) for name in self._bounds}
+
+    def _validation_score(self, name: str, model: Any, tokenizer: Any) -> TextScore:
+        return evaluate_text(
+            model,
+            self._resegmented(self._split_blocks(name, "validation"), tokenizer),
+            self.checkpoint.geometry.family,
+            batch_size=self.recipe.evaluate.batch_size,
+            progress=self.progress,
+            label=f"evaluate on {name} (validation)",
+        )
+
     @property
     def _scores_file(self) -> Path:
-        return self.folder.path / "scores" / f"{self.recipe.prune.method}.safetensors"
+        prune = self.recipe.prune
+        name = prune.method if prune.width_kinds() else prune.depth_method
+        return self.folder.path / "scores" / f"{name}.safetensors"
 
     def _has_scores(self) -> bool:
         return self._scores_file.exists() and self._scores_file.with_suffix(".json").exists()
 
     def _write_scores(self, statistics: BucketStatistics) -> Scores:
         prune = self.recipe.prune
-        scores = self._score(prune.method, statistics, prune.options, seed=prune.seed)
+        scores = self._score(prune.method, statistics, prune.options, prune.depth_method, prune.depth_options)
         write_scores(self._scores_file, scores)
         return scores
 
@@ -532,6 +799,12 @@ class _Job:
         tokens_removed = plan.vocabulary.num_removed if plan.vocabulary else 0
         left = parameters_after(self.checkpoint.shapes, geometry, removed, tokens_removed=tokens_removed)
         return self._with_constants(replace(plan, parameters_pruned=left), statistics)
+
+    def _with_text(self, plan: Plan) -> Plan:
+        """Return the plan with the weights of its texts, and a note where they are few for what is asked of them."""
+        mix, supply = self.recipe.prune.mix, self._supply()
+        notes = supply.notes() if supply is not None else []
+        return replace(plan, mix=normalised(mix) if mix else {}, notes=(*plan.notes, *notes))
 
     def _with_constants(self, plan: Plan, statistics: BucketStatistics | None) -> Plan:
         if statistics is None:
@@ -580,14 +853,17 @@ class _Job:
     def _reconstruction_key(self) -> list[str]:
         if self.recipe.prune.reconstruct == "none":
             return []
-        return [self.recipe.prune.reconstruct, *(self._calibration_key(name) for name in self.pruning_buckets)]
+        keys = [self.recipe.prune.reconstruct, *(self._calibration_key(name) for name in self.pruning_buckets)]
+        return [*keys, digest(normalised(self.recipe.prune.mix))] if self.recipe.prune.mix else keys
 
     def _pruned(self, plan: Plan, dtype: torch.dtype | None = None, reconstruct: Reconstruct | None = None) -> Any:
         """Return the pruned model; only parameters take ``dtype``, rotary tables stay as precise as they were."""
         geometry = self.checkpoint.geometry
         config = shrink_config(self.checkpoint.config, plan, geometry)
         with self.progress("shrink", None, "") as task:
-            parameters = list(shrink_parameters(self.dense.state_dict().items(), plan, geometry, reconstruct))
+            refitted = reconstruct.refitted if isinstance(reconstruct, FittedWeights) else None
+            dense = self.dense.state_dict().items()
+            parameters = list(shrink_parameters(dense, plan, geometry, reconstruct, refitted))
             task.advance(1)
         return build_model(
             config,
@@ -629,7 +905,7 @@ class _Job:
         evaluation = Evaluation(rows, self.recipe.prune.seed, self._vocabulary_effect(plan, rows, earlier_effect))
         write_json(file, evaluation.to_dict())
         self.result.evaluation = evaluation
-        self.result.summary = verdict(evaluation, list(self.recipe.domain))
+        self.result.summary = verdict(evaluation, list(self.recipe.domain), self._bounds)
         self._write_reports(plan, evaluation)
 
     def _vocabulary_effect(
@@ -678,7 +954,7 @@ class _Job:
     def _evaluation_key(self, name: str, plan: Plan | None) -> str:
         """Return the key of a row; the dense model's does not depend on the plan."""
         options = self.recipe.evaluate.model_dump(exclude={"controls", "batch_size"})
-        calibration = self.recipe.calibrate.model_dump(exclude={"batch_size"})
+        calibration = self.recipe.calibrate.model_dump(exclude={"batch_size", "gradient_tokens"})
         text = [self.model_fingerprint, self.source_keys, options, calibration, self.recipe.dtype]
         cut: list[Any] = []
         if name != "dense" and plan is not None:
@@ -709,12 +985,20 @@ class _Job:
             return replace(plan, vocabulary=vocabulary, method=name)
         merged = self._merged()
         if name == "reversed":
-            scores = self._score(plan.method, merged, plan.options, seed=seed)
+            size = {"parameters": 1 - plan.total_pruned / plan.total_dense}
+            scores = self._score(
+                plan.method,
+                merged,
+                plan.options,
+                plan.depth_method,
+                plan.depth_options,
+                request=replace(self.request, budget=size) if self._bounds else None,
+            )
             upside_down = {kind: [-layer for layer in layers] for kind, layers in scores.values.items()}
             scores = replace(scores, method=name, values=upside_down)
         else:
-            scores = self._score(name, merged, {}, seed=seed)
-        return self._with_constants(same_size_plan(plan, scores, vocabulary), merged)
+            scores = self._score(name, merged, {}, name, {})
+        return self._with_constants(same_size_plan(plan, scores, self.checkpoint.geometry, vocabulary), merged)
 
     def _measure(self, name: str, model: Any, size_bytes: int, tokenizer: Any) -> ModelScore:
         text: dict[str, TextScore] = {}

@@ -1,93 +1,144 @@
 """Reconstruction on the already pruned stream: layer after layer, attention before FFN, each seeing what is left.
 
-Every projection that loses channels is fitted so that, given what the pruned layers before it now produce, its output
-comes as near as it can to that of the dense model. So later layers repair part of what earlier ones lost.
+Every projection that ends a sub-layer is fitted, from the first cut on, also where it loses no channel itself. What is
+wanted of it is what its dense weight makes of the inputs that it now receives, plus half of what the residual stream
+has lost by then against the dense model's. So later layers repair part of what earlier ones lost.
 
-Source: the sequential form of OSSCAR (arXiv 2403.12983) and Tyr-the-Pruner (arXiv 2503.09657); formula and choice of
-the ridge are those of ``shrink.reconstruct``.
+Source: the sequential form is that of OSSCAR (arXiv 2403.12983) and Tyr-the-Pruner (arXiv 2503.09657); formula and
+choice of the ridge are those of ``shrink.reconstruct``. Where we differ: the target. Asking for the dense model's
+output of the projection, given pruned inputs (OSSCAR), came out worse than not looking at the pruned stream at all,
+because what the inputs cannot predict makes the fit shrink. In families with a norm after the sub-layer the stream is
+out of a linear map's reach, and only the inputs are the pruned ones.
 """
 
 from __future__ import annotations
 
 import copy
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from contextlib import ExitStack
 from dataclasses import dataclass
+from functools import partial
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
 from secateur.families.geometry import Geometry, UnitAxis
+from secateur.families.schema import SubLayer
 from secateur.pipeline_grams import ModuleReport
 from secateur.progress import Progress, silent
 from secateur.records.blocks import TokenBlocks
 from secateur.records.plan import Plan
-from secateur.records.units import GQA_GROUP
+from secateur.records.units import ATTENTION, AXIS_OF, FFN, SUBLAYER_OF
 from secateur.shrink import kept_channels
 from secateur.shrink.reconstruct import choose_reconstruction, reconstruct
 from secateur.shrink.slicing import fold_constants
+from secateur.store.removed import remove_sublayers
 from secateur.stream.hidden import HiddenStates
 from secateur.stream.layers import LayerStream, reader_inputs, reader_names, run_layer
 from secateur.stream.sources import LayerSource
+from secateur.stream.stand_ins import plain_tensors
+
+RESIDUAL_SHARE = 0.5
+"""Part of what the residual stream has lost that a projection is asked to give back. All of it asks for more than the
+pruned inputs can predict; none of it leaves the losses of earlier layers where they are."""
 
 
 @dataclass(slots=True)
 class _Sums:
-    """Sums over one text at one projection: pruned inputs with themselves, with the dense ones, and those alone."""
+    """Sums over one text at one projection: x xT of its inputs, t xT with the wanted outputs, and t squared."""
 
     gram: Tensor
-    cross: Tensor
-    dense: Tensor
+    target: Tensor
+    power: float
 
     @classmethod
-    def empty(cls, channels: int, device: torch.device) -> _Sums:
-        return cls(*(torch.zeros(channels, channels, device=device) for _ in range(3)))
+    def empty(cls, weight: Tensor) -> _Sums:
+        out, channels = weight.shape
+        new = partial(torch.zeros, device=weight.device)
+        return cls(new(channels, channels), new(out, channels), 0.0)
 
-    def add(self, pruned: Tensor, dense: Tensor) -> None:
-        pruned, dense = pruned.float(), dense.float()
-        self.gram.addmm_(pruned.T, pruned)
-        self.cross.addmm_(pruned.T, dense)
-        self.dense.addmm_(dense.T, dense)
+    def add(self, inputs: Tensor, wanted: Tensor) -> None:
+        inputs, wanted = inputs.float(), wanted.float()
+        self.gram.addmm_(inputs.T, inputs)
+        self.target.addmm_(wanted.T, inputs)
+        self.power += float(wanted.double().square().sum())
+
+    def scaled(self, factor: float) -> _Sums:
+        return self if factor == 1.0 else _Sums(self.gram * factor, self.target * factor, self.power * factor)
 
 
 @dataclass(slots=True)
 class _Text:
-    """One text on its way through the model: its batches, and where the dense and the pruned stream stand."""
+    """One text on its way through the model.
+
+    Attributes:
+        stream: its batches.
+        dense: what enters the layer in the dense model.
+        middle: what the dense model's stream holds after attention.
+        after: what leaves the layer in the dense model.
+        pruned: what enters the layer in the pruned model.
+        scale: its weight in sums.
+    """
 
     stream: LayerStream
     dense: HiddenStates
+    middle: HiddenStates
+    after: HiddenStates
     pruned: HiddenStates
+    scale: float
 
-    def sums(self, module: nn.Module, twin: nn.Module, layer: int, name: str, channels: int) -> _Sums:
-        total: _Sums | None = None
+    def run_dense(self, module: nn.Module, layer: int, attention: str | None) -> None:
+        """Put the dense stream through a layer; ``attention`` is the projection that ends the attention sub-layer."""
+        names = [attention] if attention else []
+        for index, (_, call) in enumerate(self.stream.calls(layer)):
+            output, inputs = reader_inputs(module, self.dense[index], call, names)
+            _store(self.after, index, output)
+            with plain_tensors():
+                added = module.get_submodule(attention)(inputs[attention]) if attention else 0.0
+            _store(self.middle, index, self.dense[index] + added)
+
+    def sums(self, twin: nn.Module, layer: int, name: str, weight: Tensor, *, attention: bool, share: float) -> _Sums:
+        """Return the sums at a projection of the pruned layer, whose weight is still ``weight`` there."""
+        total = _Sums.empty(weight)
         for index, (batch, call) in enumerate(self.stream.calls(layer)):
-            _, wanted = reader_inputs(module, self.dense[index], call, [name])
-            _, got = reader_inputs(twin, self.pruned[index], call, [name])
-            total = total or _Sums.empty(channels, got[name].device)
-            real = batch.valid.to(got[name].device)
-            total.add(got[name][real], wanted[name][real])
-        assert total is not None, "a text has at least one batch"
-        return total
+            output, seen = reader_inputs(twin, self.pruned[index], call, [name])
+            real = batch.valid.to(output.device)
+            inputs = seen[name].reshape(*real.shape, -1)  # some families flatten batches before their FFN
+            with plain_tensors():
+                if attention:
+                    output = self.pruned[index] + twin.get_submodule(name)(inputs)
+                lost = (self.middle if attention else self.after)[index] - output
+                total.add(inputs[real], inputs[real] @ weight.to(inputs).T + share * lost[real])
+        return total.scaled(self.scale)
 
-    def advance(self, module: nn.Module, twin: nn.Module, layer: int) -> None:
+    def advance(self, twin: nn.Module, layer: int) -> None:
         with torch.no_grad():
             for index, (_, call) in enumerate(self.stream.calls(layer)):
-                self.dense[index] = run_layer(module, self.dense[index], call)
+                self.dense[index] = self.after[index]
                 self.pruned[index] = run_layer(twin, self.pruned[index], call)
+
+
+def _store(states: HiddenStates, index: int, value: Tensor) -> None:
+    if index < len(states):
+        states[index] = value
+    else:
+        states.append(value)
 
 
 @dataclass(frozen=True, slots=True)
 class FittedWeights:
-    """Weights of the projections that lost channels, as ``shrink_parameters`` asks for them.
+    """Weights of the projections, as ``shrink_parameters`` asks for them.
 
     Attributes:
-        weights: by module, out x kept.
-        reports: one entry per projection, in the order of fitting; errors are of the output of the dense model.
+        weights: of those that lost channels, by module, out x kept.
+        refitted: of those that lost none but make up for others, by module, out x channels.
+        reports: one entry per projection, in the order of fitting; errors are relative to what was wanted of it.
     """
 
-    weights: Mapping[str, Tensor]
-    reports: Sequence[ModuleReport]
+    weights: dict[str, Tensor]
+    refitted: dict[str, Tensor]
+    reports: list[ModuleReport]
 
     def __call__(self, axis: UnitAxis, keep: Sequence[int], weight: Tensor) -> Tensor:
         """Return the fitted weight of an axis's reader."""
@@ -101,6 +152,7 @@ def fit_on_pruned_stream(
     held_out: Sequence[TokenBlocks],
     *,
     batch_size: int,
+    shares: Sequence[float] | None = None,
     progress: Progress = silent,
 ) -> FittedWeights:
     """Return the weights of every projection that loses channels, fitted layer after layer.
@@ -111,41 +163,104 @@ def fit_on_pruned_stream(
         fitted: texts to fit to.
         held_out: texts that choose the ridge.
         batch_size: blocks per forward pass.
+        shares: weight of each text's mean, adding up to 1, in the order of the texts and the same for both splits;
+            None counts every token the same.
         progress: told about finished layers.
 
     Raises:
         PlanError: too little text for so many channels.
     """
     geometry = source.geometry
-    weights: dict[str, Tensor] = {}
-    reports: list[ModuleReport] = []
+    found = FittedWeights({}, {}, [])
     with ExitStack() as stack:
-        texts = [_start(stack, LayerStream(source, blocks, batch_size)) for blocks in (*fitted, *held_out)]
+        texts = [
+            _start(stack, LayerStream(source, blocks, batch_size), scale)
+            for split in (fitted, held_out)
+            for blocks, scale in zip(split, _scales(split, shares), strict=True)
+        ]
         task = stack.enter_context(progress("reconstruct on the pruned stream", geometry.num_layers, "layers"))
         for layer in range(geometry.num_layers):
             with source.layer(layer) as module:
-                twin: nn.Module = copy.deepcopy(module)
-                for kind in _in_order(plan, layer):
-                    axis, units = geometry.axes[kind][layer], plan.layers[kind][layer]
-                    name = reader_names(geometry, layer)[kind]
-                    channels = axis.num_units * axis.reader_width
-                    sums = [text.sums(module, twin, layer, name, channels) for text in texts]
-                    keep = kept_channels(axis, units.keep)
-                    reader = twin.get_submodule(name)
-                    weight = _matrix(reader, geometry)
-                    _fold(reader, weight, units.constants)
-                    chosen, report = _fit(axis, weight, keep, sums[: len(fitted)], sums[len(fitted) :])
-                    weights[axis.reader] = chosen
-                    reports.append(report)
-                    _put(reader, geometry, keep, chosen)
+                readers = _readers(geometry, layer)
                 for text in texts:
-                    text.advance(module, twin, layer)
+                    text.run_dense(module, layer, readers.get(ATTENTION))
+                twin: nn.Module = copy.deepcopy(module)
+                removed = _removed(plan, layer)
+                remove_sublayers(twin, geometry.family, removed)
+                for sublayer, name in readers.items():
+                    if sublayer not in removed:
+                        _fit_reader(found, plan, geometry, layer, sublayer, name, twin, texts, len(fitted))
+                for text in texts:
+                    text.advance(twin, layer)
             task.advance(1)
-    return FittedWeights(weights, reports)
+    return found
 
 
-def _start(stack: ExitStack, stream: LayerStream) -> _Text:
-    text = _Text(stream, stack.enter_context(HiddenStates()), stack.enter_context(HiddenStates()))
+def _fit_reader(
+    found: FittedWeights,
+    plan: Plan,
+    geometry: Geometry,
+    layer: int,
+    sublayer: str,
+    name: str,
+    twin: nn.Module,
+    texts: Sequence[_Text],
+    num_fitted: int,
+) -> None:
+    """Fit the projection that ends a sub-layer, in the twin too; nothing is done as long as nothing was lost."""
+    kinds = [kind for kind in _in_order(plan, layer) if SUBLAYER_OF[kind] == sublayer]
+    if not kinds and not _lost_before(plan, layer, sublayer):
+        return
+    axis = geometry.axes[kinds[0] if kinds else AXIS_OF[sublayer]][layer]
+    reader = twin.get_submodule(name)
+    weight = _matrix(reader, geometry)
+    keep = list(range(weight.shape[1]))
+    if kinds:
+        units = plan.layers[kinds[0]][layer]
+        keep = kept_channels(axis, units.keep)
+        _fold(reader, geometry, weight, units.constants)
+    share = RESIDUAL_SHARE if _adds_to_stream(geometry, sublayer) else 0.0
+    sums = [text.sums(twin, layer, name, weight, attention=sublayer == ATTENTION, share=share) for text in texts]
+    chosen, report = _fit(axis, weight, keep, sums[:num_fitted], sums[num_fitted:])
+    (found.weights if kinds else found.refitted)[axis.reader] = chosen
+    found.reports.append(report)
+    _put(reader, geometry, keep, chosen)
+
+
+def _readers(geometry: Geometry, layer: int) -> dict[str, str]:
+    """Return the projections that end the sub-layers of a layer, by sub-layer, by their names inside it."""
+    names = reader_names(geometry, layer)
+    there = {sublayer: AXIS_OF[sublayer] for sublayer in (ATTENTION, FFN)}
+    return {sublayer: names[kind] for sublayer, kind in there.items() if geometry.axes[kind][layer].num_units}
+
+
+def _lost_before(plan: Plan, layer: int, sublayer: str) -> bool:
+    """Return whether anything that runs before a sub-layer was cut."""
+    return any(
+        per_layer[at].num_removed
+        for kind, per_layer in plan.layers.items()
+        for at in range(layer + 1)
+        if at < layer or (sublayer == FFN and SUBLAYER_OF[kind] == ATTENTION)
+    )
+
+
+def _adds_to_stream(geometry: Geometry, sublayer: str) -> bool:
+    """Return whether a projection's output goes into the residual stream as it is, without a norm after it."""
+    branch: SubLayer = getattr(geometry.family.blocks, sublayer)
+    return len(branch.norms) <= 1
+
+
+def _scales(texts: Sequence[TokenBlocks], shares: Sequence[float] | None) -> list[float]:
+    """Return the factors that give each text its share of the sums of all of them together."""
+    if shares is None:
+        return [1.0] * len(texts)
+    total = sum(text.num_tokens for text in texts)
+    return [share * total / text.num_tokens for text, share in zip(texts, shares, strict=True)]
+
+
+def _start(stack: ExitStack, stream: LayerStream, scale: float) -> _Text:
+    dense, middle, after, pruned = (stack.enter_context(HiddenStates()) for _ in range(4))
+    text = _Text(stream, dense, middle, after, pruned, scale)
     stream.start(text.dense)
     stream.start(text.pruned)
     return text
@@ -153,12 +268,17 @@ def _start(stack: ExitStack, stream: LayerStream) -> _Text:
 
 def _in_order(plan: Plan, layer: int) -> list[str]:
     """Return the kinds that lose units in a layer, attention before FFN."""
-    kinds = [kind for kind, layers in plan.layers.items() if layers[layer].num_removed]
-    return sorted(kinds, key=lambda kind: kind != GQA_GROUP)
+    kinds = [kind for kind, layers in plan.layers.items() if layers[layer].is_narrowed]
+    return sorted(kinds, key=lambda kind: SUBLAYER_OF[kind] != ATTENTION)
+
+
+def _removed(plan: Plan, layer: int) -> list[str]:
+    """Return the sub-layers that go whole; without both, a layer passes on what enters it."""
+    return sorted({SUBLAYER_OF[kind] for kind, layers in plan.layers.items() if layers[layer].is_removed})
 
 
 def _total(sums: Sequence[_Sums]) -> _Sums:
-    return _Sums(*(sum(getattr(part, name) for part in sums) for name in ("gram", "cross", "dense")))
+    return _Sums(*(sum(getattr(part, name) for part in sums) for name in ("gram", "target", "power")))
 
 
 def _fit(
@@ -170,15 +290,15 @@ def _fit(
         fit.gram,
         judge.gram,
         kept,
-        cross=fit.cross,
-        held_out_cross=judge.cross,
-        held_out_dense=judge.dense,
+        target=fit.target,
+        held_out_target=judge.target,
+        held_out_power=judge.power,
     )
     report = ModuleReport(axis.reader, chosen.ridge, chosen.error_before, chosen.error_after)
     if chosen.ridge is None:
         return chosen.kept_weight, report
     both = _total([fit, judge])
-    return reconstruct(weight, both.gram, kept, ridge=chosen.ridge, cross=both.cross), report
+    return reconstruct(weight, both.gram, kept, ridge=chosen.ridge, target=both.target), report
 
 
 def _matrix(reader: Any, geometry: Geometry) -> Tensor:
@@ -187,13 +307,14 @@ def _matrix(reader: Any, geometry: Geometry) -> Tensor:
     return (weight if geometry.family.weight_layout == "out_in" else weight.T).clone()
 
 
-def _fold(reader: Any, weight: Tensor, constants: Sequence[tuple[int, float]]) -> None:
+def _fold(reader: Any, geometry: Geometry, weight: Tensor, constants: Sequence[tuple[int, float]]) -> None:
     """Move what removed constant channels add into the twin's bias, and out of the weight that is to be matched."""
     if constants:
         channels = [channel for channel, _ in constants]
         with torch.no_grad():
             reader.bias.copy_(fold_constants(reader.bias, weight[:, channels], [value for _, value in constants]))
         weight[:, channels] = 0.0
+        _put(reader, geometry, range(weight.shape[1]), weight)
 
 
 def _put(reader: Any, geometry: Geometry, keep: Sequence[int], kept_weight: Tensor) -> None:

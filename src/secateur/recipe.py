@@ -37,6 +37,16 @@ def parse_bytes(value: object) -> object:
     return int(float(match[1]) * unit)
 
 
+def parse_seconds(value: object) -> object:
+    """Return a time such as ``"90s"``, ``"30m"`` or ``"1.5 h"`` as a number of seconds; other values pass through."""
+    if not isinstance(value, str):
+        return value
+    match = re.fullmatch(r"\s*([0-9]*\.?[0-9]+)\s*([smh]?)\s*", value.lower())
+    if not match:
+        raise ValueError(f"cannot read {value!r} as a time; write for example 90s, 30m or 1.5h")
+    return float(match[1]) * {"": 1, "s": 1, "m": 60, "h": 3600}[match[2]]
+
+
 def _parse_threshold(value: object) -> object:
     return THRESHOLD_PRESETS.get(value, value) if isinstance(value, str) else value
 
@@ -61,6 +71,7 @@ def parse_character_range(text: str) -> tuple[int, int]:
 
 
 Ratio = Annotated[float, Field(gt=0.0, lt=1.0)]
+Weight = Annotated[float, Field(gt=0.0, allow_inf_nan=False)]
 
 
 class _Record(BaseModel):
@@ -118,28 +129,59 @@ class CalibrateSpec(_Record):
     max_tokens: Annotated[int, Field(gt=0)] | None = 65_536
     block_size: Annotated[int, Field(ge=8)] = 512
     batch_size: Annotated[int, Field(ge=1)] = 4
+    gradient_tokens: Annotated[int, Field(gt=0)] = 16_384
     buckets: Annotated[list[str], Field(min_length=1)] | None = None
 
 
+UNIT_BUDGETS = {
+    "ffn_channel": "channels",
+    "gqa_group": "groups",
+    "query_head": "heads",
+    "layer": "layers",
+    "attention": "attention",
+    "ffn": "ffn",
+}
+"""Per unit kind of layers, the budget key that is a share of these units."""
+LOSS_BOUNDS = ("max_domain_loss", "max_general_loss")
+"""Budget keys that bound how much a loss may rise; the smallest model within them is looked for."""
+_BLOCK_KINDS = ("attention", "ffn", "layer")
+
+
 class Budget(_Record):
-    """How much goes. Shares are removed shares; give one key, or ``channels`` and ``groups`` together."""
+    """How much goes. Shares are removed shares; give one key, or several that are shares of units."""
 
     channels: Ratio | None = None
     groups: Ratio | None = None
+    heads: Ratio | None = None
+    layers: Ratio | None = None
+    attention: Ratio | None = None
+    ffn: Ratio | None = None
     parameters: Ratio | None = None
     bytes: Annotated[Annotated[int, Field(gt=0)] | None, BeforeValidator(parse_bytes)] = None
     threshold: Annotated[Annotated[float, Field(ge=0.0)] | None, BeforeValidator(_parse_threshold)] = None
+    max_domain_loss: Annotated[float, Field(gt=0.0)] | None = None
+    max_general_loss: Annotated[float, Field(gt=0.0)] | None = None
 
     @model_validator(mode="after")
     def _one_kind(self) -> Budget:
         given = {name for name in type(self).model_fields if getattr(self, name) is not None}
-        if len(given) != 1 and given != {"channels", "groups"}:
+        together = (set(UNIT_BUDGETS.values()), set(LOSS_BOUNDS))
+        if not given or (len(given) > 1 and not any(given <= names for names in together)):
             got = ", ".join(sorted(given)) or "none"
             raise ValueError(
-                "give exactly one of channels, groups, parameters, bytes, threshold (or channels with groups); "
-                f"got {got}"
+                "give exactly one of parameters, bytes, threshold, or one or more of "
+                f"{', '.join(UNIT_BUDGETS.values())}, or one or both of {', '.join(LOSS_BOUNDS)}; got {got}"
             )
         return self
+
+    @property
+    def is_bound(self) -> bool:
+        """Whether it bounds losses instead of naming a size."""
+        return self.max_domain_loss is not None or self.max_general_loss is not None
+
+    def unit_kinds(self) -> list[str]:
+        """Return the unit kinds of which it names the shares to remove."""
+        return [kind for kind, key in UNIT_BUDGETS.items() if getattr(self, key) is not None]
 
 
 class VocabularySpec(_Record):
@@ -176,21 +218,41 @@ class VocabularySpec(_Record):
         return self.model_dump(include={"min_count", "threshold", "coverage", "size"}, exclude_none=True)
 
 
+Allocation = Literal["auto", "uniform", "global", "log_increase", "block_influence", "knapsack", "search"]
+
+
+class SearchSpec(_Record):
+    """How ``allocation: knapsack`` and ``search`` measure: on how much text, at which cuts, for how long."""
+
+    tokens: Annotated[int, Field(gt=0)] = 4096
+    levels: Annotated[list[Ratio], Field(min_length=1)] = [0.25, 0.5, 0.75]
+    generations: Annotated[int, Field(ge=1)] = 40
+    offspring: Annotated[int, Field(ge=2)] = 16
+    time_limit: Annotated[Annotated[float, Field(gt=0)] | None, BeforeValidator(parse_seconds)] = None
+
+
+_Unit = Literal["ffn_channel", "gqa_group", "query_head", "attention", "ffn", "layer", "vocabulary"]
+
+
 class PruneSpec(_Record):
     """Which units go, by which method, in which shape."""
 
     method: str = "contextual"
     options: dict[str, Any] = {}
     budget: Budget | None = None
-    units: list[Literal["ffn_channel", "gqa_group", "vocabulary"]] | None = None
+    depth_method: str = "block_influence"
+    depth_options: dict[str, Any] = {}
+    units: list[_Unit] | None = None
     vocabulary: VocabularySpec | None = None
     shape: Literal["uniform", "uneven"] = "uniform"
-    allocation: Literal["auto", "uniform", "global"] = "auto"
+    allocation: Allocation = "auto"
+    search: SearchSpec = SearchSpec()
     min_keep_ratio: Ratio = 0.1
     multiple_of: Annotated[int, Field(ge=1)] | Literal["auto"] = "auto"
     normalize: Literal["layer", "none"] = "layer"
     reconstruct: Literal["none", "dense", "pruned"] = "none"
     buckets: Annotated[list[str], Field(min_length=1)] | None = None
+    mix: Annotated[dict[str, Weight], Field(min_length=1)] | None = None
     seed: int = 0
 
     @model_validator(mode="before")
@@ -201,14 +263,19 @@ class PruneSpec(_Record):
             return data
         units = data.get("units")
         alone = data.get("vocabulary") is not None if units is None else units == ["vocabulary"]
+        blocks = [unit for unit in units or () if unit in _BLOCK_KINDS] if isinstance(units, list) else []
+        if blocks:
+            raise ValueError(
+                f"units names {', '.join(blocks)} and there is no budget; give one, for example "
+                f"{{{UNIT_BUDGETS[blocks[0]]}: 0.2}}"
+            )
         return data if alone else {**data, "budget": {"channels": 0.1}}
 
     @model_validator(mode="after")
     def _units_fit_budget(self) -> PruneSpec:
-        asked = {"ffn_channel": self.budget and self.budget.channels, "gqa_group": self.budget and self.budget.groups}
-        named = [unit for unit, ratio in asked.items() if ratio is not None]
+        named = self.budget.unit_kinds() if self.budget is not None else []
         if self.units is not None and not self.units:
-            raise ValueError("units is an empty list; name at least one of ffn_channel, gqa_group, vocabulary")
+            raise ValueError(f"units is an empty list; name at least one of {', '.join(UNIT_BUDGETS)}, vocabulary")
         if self.units is not None and named and set(named) != set(self.units) - {"vocabulary"}:
             raise ValueError(f"the budget is in {', '.join(named)} but units names {', '.join(self.units)}")
         if self.vocabulary is not None and self.units is not None and "vocabulary" not in self.units:
@@ -218,9 +285,80 @@ class PruneSpec(_Record):
                 raise ValueError("budget.threshold is for units of layers; for token ids set vocabulary.threshold")
             if self.vocabulary is not None and self.vocabulary.rule():
                 raise ValueError("both the budget and the rule under vocabulary say how many token ids stay; give one")
-        if self.shape == "uniform" and self.allocation == "global":
-            raise ValueError("allocation: global gives every layer its own width; it needs shape: uneven")
+        self._require_heads_to_fit()
+        self._require_blocks_to_fit()
+        self._require_allocation_to_fit()
         return self
+
+    @model_validator(mode="after")
+    def _buckets_or_mix(self) -> PruneSpec:
+        if self.buckets is not None and self.mix is not None:
+            raise ValueError(
+                "both buckets and mix say which text decides; give buckets to count every token of them the same, or "
+                "mix to weigh them"
+            )
+        if self.mix is not None and not self.layer_kinds():
+            raise ValueError(
+                "mix weighs the text that units of layers are chosen by, and only the vocabulary is cut; remove mix, "
+                "or say under vocabulary.buckets whose text is counted"
+            )
+        return self
+
+    def _require_allocation_to_fit(self) -> None:
+        """Refuse an allocation that the shape or the budget cannot have."""
+        if self.shape == "uniform" and self.allocation not in ("auto", "uniform", "search"):
+            raise ValueError(f"allocation: {self.allocation} gives every layer its own width; it needs shape: uneven")
+        if self.allocation not in ("knapsack", "search") or self.budget is None:
+            return
+        if self.budget.threshold is not None:
+            raise ValueError(f"allocation: {self.allocation} meets a size, and budget.threshold is none; give a share")
+        if self.budget.is_bound and self.allocation == "search":
+            raise ValueError(
+                "a bound on the loss tries many sizes, and allocation: search takes long for each; use knapsack, whose "
+                "measurements serve all sizes"
+            )
+        if len(self.budget.unit_kinds()) > 1 or set(self.budget.unit_kinds()) & set(_BLOCK_KINDS):
+            raise ValueError(
+                f"allocation: {self.allocation} decides by itself how much each kind of unit loses; give one budget, "
+                "for example {parameters: 0.2}, and list what may go under units"
+            )
+
+    def _require_heads_to_fit(self) -> None:
+        """Refuse query heads beside what they are parts of, where that cannot be one cut."""
+        kinds = self.layer_kinds()
+        if "query_head" not in kinds:
+            return
+        if "gqa_group" in kinds:
+            raise ValueError(
+                "gqa_group and query_head are parts of each other, so taking out both is two cuts; choose one, and "
+                "prune the result again for the other"
+            )
+        whole = [kind for kind in ("attention", "layer") if kind in kinds]
+        if whole and self.allocation in ("knapsack", "search"):
+            raise ValueError(
+                f"allocation: {self.allocation} cannot weigh query_head against {' and '.join(whole)}; choose one of "
+                "them, use gqa_group, or another allocation"
+            )
+
+    def _require_blocks_to_fit(self) -> None:
+        """Refuse what whole layers and sub-layers cannot do."""
+        blocks = self.block_kinds()
+        if blocks and self.budget is not None and self.budget.threshold is not None:
+            raise ValueError(
+                f"budget.threshold is for channels, groups and query heads, and units names {', '.join(blocks)}; give "
+                f"a share, for example {{{UNIT_BUDGETS[blocks[0]]}: 0.2}}"
+            )
+        sublayers = [kind for kind in blocks if kind != "layer"]
+        if sublayers and self.shape == "uniform":
+            raise ValueError(
+                f"units of kind {' and '.join(sublayers)} leave layers that differ, and shape: uniform takes only "
+                "whole layers out; set shape: uneven, or units: [layer]"
+            )
+        if blocks and not self.width_kinds() and self.reconstruct != "none":
+            raise ValueError(
+                f"reconstruct fits projections that lose channels, and units names only {', '.join(blocks)}; add "
+                "ffn_channel, gqa_group or query_head, or leave reconstruct out"
+            )
 
     def layer_kinds(self) -> list[str]:
         """Return the unit kinds of layers that may be cut, in a fixed order."""
@@ -228,8 +366,15 @@ class PruneSpec(_Record):
             return sorted(set(self.units) - {"vocabulary"})
         if self.budget is None:
             return []
-        asked = {"ffn_channel": self.budget.channels, "gqa_group": self.budget.groups}
-        return [kind for kind, ratio in asked.items() if ratio is not None] or ["ffn_channel"]
+        return sorted(self.budget.unit_kinds()) or ["ffn_channel"]
+
+    def block_kinds(self) -> list[str]:
+        """Return those of ``layer_kinds`` that are whole layers or sub-layers; ``depth_method`` scores them."""
+        return [kind for kind in self.layer_kinds() if kind in _BLOCK_KINDS]
+
+    def width_kinds(self) -> list[str]:
+        """Return those of ``layer_kinds`` that are units inside a sub-layer; ``method`` scores them."""
+        return [kind for kind in self.layer_kinds() if kind not in _BLOCK_KINDS]
 
     def vocabulary_spec(self) -> VocabularySpec | None:
         """Return the keep rule for token ids, or None where the vocabulary stays whole."""
@@ -282,6 +427,21 @@ class Recipe(_Record):
             if not re.fullmatch(r"[A-Za-z0-9][A-Za-z0-9_.-]*", name):
                 raise ValueError(f"bucket name {name!r} must be letters, digits, '_', '-' or '.'")
         return value
+
+    @model_validator(mode="after")
+    def _general_bound_has_text(self) -> Recipe:
+        budget = self.prune.budget
+        if budget is not None and budget.max_general_loss is not None and self.general is None:
+            raise ValueError("budget.max_general_loss bounds the loss on general text; add general, which is missing")
+        return self
+
+    def loss_bounds(self) -> dict[str, float]:
+        """Return by how much the loss on each bucket may rise, relative; empty where the budget is a size."""
+        budget = self.prune.budget
+        if budget is None:
+            return {}
+        bounds = dict.fromkeys(self.domain, budget.max_domain_loss) | {"general": budget.max_general_loss}
+        return {name: bound for name, bound in bounds.items() if bound is not None}
 
     def buckets(self) -> dict[str, CorpusSpec]:
         """Return all buckets by name, the domains first, the general one (if any) last."""

@@ -561,7 +561,7 @@ DAMAGES: dict[str, tuple[str, bytes, list[str]]] = {
     "statistics, JSON": ("statistics/medical.json", b"{", ["statistics/medical.json", "Delete it"]),
     "statistics of another version": ("statistics/medical.json", b"{}", ["another version", "calibrate again"]),
     "plan": ("plan.json", b"{", ["plan.json cannot be read", "Delete it; it will be made again"]),
-    "plan without layers": ("plan.json", b'{"schema_version": 2}', ["not a plan that secateur wrote", "Plan again"]),
+    "plan without layers": ("plan.json", b'{"schema_version": 3}', ["not a plan that secateur wrote", "Plan again"]),
     "evaluation": ("evaluation.json", b"[]", ["evaluation.json", "Delete it"]),
     "evaluation without models": ("evaluation.json", b"{}", ["evaluation.json", "Delete it"]),
 }
@@ -596,7 +596,7 @@ def test_a_damaged_manifest_costs_only_time(copied: Path, attempt: Attempt, caps
 
 PLAN_EDITS: dict[str, tuple[Callable[[dict[str, Any]], Any], list[str]]] = {
     "a unit that is not there": (lambda layer: layer.update(keep="0-96"), ["between 0 and 95", "Plan the model again"]),
-    "no unit": (lambda layer: layer.update(keep=""), ["keeps 0 of 96", "at least one must stay"]),
+    "no unit": (lambda layer: layer.update(keep=""), ["takes a sub-layer out", "set shape to uneven"]),
     "not a list of units": (lambda layer: layer.update(keep="some"), ["'some'", "0-4 6 9-11"]),
     "not in order": (lambda layer: layer.update(keep="5 3"), ["ascending"]),
     "another width": (lambda layer: layer.update(keep="0-9"), ["uniform", "set shape to uneven"]),

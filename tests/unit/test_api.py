@@ -19,7 +19,7 @@ from secateur.recipe import CorpusSpec, load_recipe, parse_recipe
 from secateur.records.plan import Plan
 from secateur.records.statistics import Statistics
 from secateur.store.checkpoints import fingerprint_loaded
-from tests.pico import Pico, build_pico, general_paragraphs, pico_tokenizer, random_model
+from tests.pico import Pico, build_pico, general_paragraphs, medical_records, pico_tokenizer, random_model
 
 SMALL: dict[str, Any] = {"max_tokens": 1024, "block_size": 64, "batch_size": 8}
 
@@ -223,3 +223,155 @@ def test_unknown_overrides_and_stages_are_refused() -> None:
     unchecked = inspect.unwrap(pipeline.run)  # here the annotation would refuse it first
     with pytest.raises(ConfigError, match=r"unknown stage 'shrnk'\. Did you mean 'shrink'"):
         unchecked(parse_recipe(MINIMAL), until="shrnk")  # type: ignore[arg-type]
+
+
+# -- mixtures, Gram matrices, reconstruction ---------------------------------------------------------------------------
+
+
+@pytest.fixture(scope="module")
+def with_grams(tokenizer: Any, texts: list[str]) -> Statistics:
+    """Statistics of two buckets with Gram matrices of all units."""
+    named = {"medical": [str(record) for record in medical_records(300)], "general": texts}
+    return secateur.calibrate(random_model(len(tokenizer)), tokenizer, named, grams=True, **SMALL)
+
+
+def test_a_mixture_weighs_the_buckets(model: Any, with_grams: Statistics) -> None:
+    """Weights of any scale; one bucket is that bucket; the plan records the shares; the text's length is no matter."""
+    alone = secateur.plan(model, with_grams, mix={"medical": 7})
+    assert alone.layers == secateur.plan(model, with_grams, buckets=["medical"]).layers
+    mixtures = ({"medical": 4, "general": 1}, {"general": 0.9, "medical": 0.1})
+    plans = [secateur.plan(model, with_grams, mix=mix) for mix in mixtures]
+    assert plans[0].mix == {"medical": 0.8, "general": 0.2} and list(plans[0].calibrated_on) == ["medical", "general"]
+    assert plans[0].layers != plans[1].layers
+    assert plans[0].calibration_tokens == sum(bucket.num_tokens for bucket in with_grams.buckets.values())
+    assert Plan.from_dict(plans[0].to_dict()) == plans[0]
+
+
+def test_a_mixture_is_refused_in_words(model: Any, with_grams: Statistics) -> None:
+    """Unknown buckets, buckets beside it, weights that are none."""
+    with pytest.raises(ConfigError, match=r"mix: unknown bucket 'medcal'\. Did you mean 'medical'"):
+        secateur.plan(model, with_grams, mix={"medcal": 1})
+    with pytest.raises(ConfigError, match="both buckets and mix say which text decides"):
+        secateur.plan(model, with_grams, mix={"medical": 1}, buckets=["general"])
+    with pytest.raises(ConfigError, match=r"prune\.mix\.general: input should be greater than 0"):
+        secateur.plan(model, with_grams, mix={"medical": 1, "general": 0})
+
+
+def test_blocks_cannot_be_measured_without_text(model: Any, with_grams: Statistics) -> None:
+    """Statistics hold none; the way that has text is named."""
+    asked = {"units": ["layer"], "budget": {"layers": 0.5}}
+    assert secateur.plan(model, with_grams, **asked).removed_layers
+    with pytest.raises(ConfigError, match=r"method perplexity_drop takes blocks out one after another.*Use a recipe"):
+        secateur.plan(model, with_grams, depth_method="perplexity_drop", **asked)
+
+
+def test_the_vocabulary_counts_domain_text_whatever_the_mixture(
+    model: Any, tokenizer: Any, with_grams: Statistics
+) -> None:
+    """The general text weighs in where channels are chosen; its tokens are kept only where the domain uses them."""
+    options = {"vocabulary": {"min_count": 1, "multiple_of": 1}, "tokenizer": tokenizer, "budget": {"channels": 0.25}}
+    options["units"] = ["ffn_channel", "vocabulary"]
+    mixed = secateur.plan(model, with_grams, mix={"medical": 1, "general": 1}, **options)
+    domain = secateur.plan(model, with_grams, **options)
+    assert mixed.vocabulary == domain.vocabulary
+    assert mixed.layers != domain.layers
+
+
+def test_methods_that_read_gram_matrices_use_them(model: Any, with_grams: Statistics) -> None:
+    """And with a mixture, those of the mixture."""
+    plans = [secateur.plan(model, with_grams, method="obs", **which) for which in
+             ({}, {"buckets": ["general"]}, {"mix": {"medical": 0.5, "general": 0.5}})]  # fmt: skip
+    assert len({str(plan.layers) for plan in plans}) == 3
+
+
+def test_reconstruction_is_that_of_a_run(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The same text, mixture and options give the same weights, through the recipe and through the functions."""
+    monkeypatch.setenv(CACHE_VARIABLE, str(tmp_path / "cache"))
+    pico: Pico = build_pico(tmp_path)
+    mix = {"medical": 0.7, "general": 0.3}
+    prune = {"method": "obs", "budget": {"channels": 0.5}, "mix": mix}
+    recipe = pico.recipe(tmp_path / "run", prune={**prune, "reconstruct": "dense"})
+    result = secateur.run(recipe, until="shrink")
+    model = AutoModelForCausalLM.from_pretrained(pico.model)
+    tokenizer = AutoTokenizer.from_pretrained(pico.model)
+    text = {"medical": CorpusSpec(**recipe["domain"]["medical"]), "general": pico.general}
+    statistics = secateur.calibrate(model, tokenizer, text, grams="ffn_channel", **recipe["calibrate"])
+    plan = secateur.plan(model, statistics, **prune)
+    assert result.plan is not None
+    assert (plan.layers, plan.mix) == (result.plan.layers, result.plan.mix)
+    plain, fitted = (secateur.shrink(model, plan, reconstruct=given) for given in (None, statistics))
+    expected = AutoModelForCausalLM.from_pretrained(result.model_folder).state_dict()
+    for name, tensor in fitted.state_dict().items():
+        torch.testing.assert_close(tensor, expected[name], rtol=1e-4, atol=1e-5)
+    changed = {name for name, tensor in plain.state_dict().items() if not tensor.equal(fitted.state_dict()[name])}
+    assert changed == {f"model.layers.{layer}.mlp.down_proj.weight" for layer in (0, 1)}
+
+
+def test_reconstruction_helps_on_text_that_was_not_fitted(
+    model: Any, tokenizer: Any, texts: list[str], with_grams: Statistics
+) -> None:
+    """Held-out logits come nearer to the dense model's; the given model is left alone."""
+    before = fingerprint_loaded(model)
+    plan = secateur.plan(
+        model, with_grams, buckets=["general"], budget={"channels": 0.5, "groups": 0.25}, shape="uneven"
+    )
+    ids = torch.tensor([tokenizer(" ".join(general_paragraphs(20, seed=9)))["input_ids"][:256]])
+    distance = []
+    for given in (None, with_grams):
+        smaller = secateur.shrink(model, plan, reconstruct=given)
+        with torch.inference_mode():
+            distance.append(float((smaller(ids).logits - model(ids).logits).square().mean()))
+    assert distance[1] < distance[0]
+    assert fingerprint_loaded(model) == before
+
+
+def test_missing_gram_matrices_are_said_with_how_to_get_them(
+    model: Any, statistics: Statistics, with_grams: Statistics, tokenizer: Any, texts: list[str]
+) -> None:
+    """By methods and by the reconstruction, also where only another kind of unit has them."""
+    how = r"Take them in the same pass: calibrate\(\.\.\., grams=True\)"
+    with pytest.raises(ConfigError, match=rf"method obs needs Gram matrices for the ffn_channels.*{how}"):
+        secateur.plan(model, statistics, method="obs")
+    plan = secateur.plan(model, statistics)
+    with pytest.raises(ConfigError, match=rf"reconstruction needs Gram matrices for the ffn_channels.*{how}"):
+        secateur.shrink(model, plan, reconstruct=statistics)
+    channels = secateur.calibrate(model, tokenizer, texts, grams=["ffn_channel"], **SMALL)
+    with pytest.raises(ConfigError, match="needs Gram matrices for the gqa_groups"):
+        secateur.plan(model, channels, method="obs", budget={"groups": 0.25}, shape="uneven")
+    with pytest.raises(ConfigError, match=r"unknown kind of unit 'ffn_chanel'\. Did you mean 'ffn_channel'"):
+        secateur.calibrate(model, tokenizer, texts, grams="ffn_chanel", **SMALL)
+    with pytest.raises(ConfigError, match=r"shrink\(model, plan, reconstruct=statistics\)"):
+        secateur.plan(model, with_grams, reconstruct="dense")
+    counts = secateur.count_tokens(tokenizer, texts)
+    tokens = secateur.plan(model, vocabulary={"min_count": 1}, tokenizer=tokenizer, token_counts=counts)
+    with pytest.raises(ConfigError, match="nothing can be reconstructed"):
+        secateur.shrink(model, tokens, reconstruct=with_grams)
+    with pytest.raises(ConfigError, match="text that the plan was made from: unknown bucket 'domain'"):
+        secateur.shrink(model, plan, reconstruct=with_grams)
+    other = random_model(len(tokenizer), intermediate_size=80)
+    with pytest.raises(PlanError, match="taken on another model"):
+        secateur.shrink(other, plan, reconstruct=channels)
+
+
+def test_too_little_text_for_gram_matrices_is_noted_or_refused(model: Any, tokenizer: Any, texts: list[str]) -> None:
+    """A note in the plan below five tokens per channel; below one the pass does not begin."""
+    few = secateur.calibrate(model, tokenizer, texts, grams=True, max_tokens=300, block_size=64)
+    (note,) = secateur.plan(model, few).notes[-1:]
+    assert "has 3.1 calibration tokens per channel (300 tokens for 96 channels)" in note
+    groups = secateur.plan(model, few, budget={"groups": 0.25}, shape="uneven")
+    assert "has 4.6 calibration tokens per channel (300 tokens for 64 channels)" in groups.notes[-1]
+    enough = secateur.calibrate(model, tokenizer, texts, grams=True, max_tokens=480, block_size=64)
+    assert not any("per channel" in note for note in secateur.plan(model, enough).notes)
+    with pytest.raises(CorpusError, match=r"has 0\.8 calibration tokens per channel"):
+        secateur.calibrate(model, tokenizer, texts, grams=True, max_tokens=80, block_size=64)
+    without = secateur.calibrate(model, tokenizer, texts, max_tokens=80, block_size=64)
+    assert secateur.plan(model, without).notes == secateur.plan(model, without, mix={"domain": 1}).notes
+
+
+def test_what_judged_a_fit_is_not_measured_on(model: Any, tokenizer: Any, texts: list[str]) -> None:
+    """The validation documents behind Gram matrices are excluded like the calibration documents."""
+    statistics = secateur.calibrate(model, tokenizer, texts, grams=True, **SMALL)
+    used = set(statistics.grams["domain"].documents.tolist())
+    assert used and not used & set(statistics.buckets["domain"].documents.tolist())
+    options: dict[str, Any] = {"split": "validation", "block_size": 64, "max_tokens": None}
+    assert secateur.evaluate(model, tokenizer, texts, exclude=statistics, **options).num_excluded == len(used)

@@ -145,13 +145,46 @@ def test_unknown_keys_are_refused_with_the_nearest_one(
         ({"prune": {"budget": {"bytes": "12 apples"}}}, "prune.budget.bytes: cannot read '12 apples' as a size"),
         ({"prune": {"budget": {"bytes": "1.2.3MB"}}}, "prune.budget.bytes: cannot read '1.2.3MB' as a size"),
         ({"prune": {"budget": {"bytes": 0}}}, "prune.budget.bytes: input should be greater than 0 (got 0)"),
-        ({"prune": {"budget": {}}}, "or channels with groups); got none"),
-        ({"prune": {"budget": {"parameters": 0.1, "bytes": 5}}}, "channels with groups); got bytes, parameters"),
+        ({"prune": {"budget": {}}}, "or one or more of channels, groups, heads, layers, attention, ffn"),
+        ({"prune": {"budget": {"parameters": 0.1, "bytes": 5}}}, "; got bytes, parameters"),
         ({"prune": {"units": []}}, "prune: units is an empty list; name at least one"),
+        ({"prune": {"units": ["expert"]}}, "'attention', 'ffn', 'layer' or 'vocabulary' (got 'expert')"),
         (
             {"prune": {"units": ["layer"]}},
-            "prune.units.0: input should be 'ffn_channel', 'gqa_group' or 'vocabulary' (got 'layer')",
+            "units names layer and there is no budget; give one, for example {layers: 0.2}",
         ),
+        (
+            {"prune": {"units": ["layer"], "budget": {"attention": 0.5}, "shape": "uneven"}},
+            "the budget is in attention but units names layer",
+        ),
+        (
+            {"prune": {"budget": {"attention": 0.5}}},
+            "units of kind attention leave layers that differ, and shape: uniform takes only whole layers out",
+        ),
+        (
+            {"prune": {"units": ["layer", "ffn_channel"], "budget": {"threshold": 0.1}}},
+            "budget.threshold is for channels, groups and query heads, and units names layer; give a share, for",
+        ),
+        (
+            {"prune": {"budget": {"heads": 0.5, "groups": 0.5}}},
+            "gqa_group and query_head are parts of each other, so taking out both is two cuts; choose one, and prune",
+        ),
+        (
+            {
+                "prune": {
+                    "units": ["query_head", "layer", "attention"],
+                    "budget": {"parameters": 0.5},
+                    "shape": "uneven",
+                    "allocation": "knapsack",
+                }
+            },
+            "allocation: knapsack cannot weigh query_head against attention and layer; choose one of them",
+        ),
+        (
+            {"prune": {"budget": {"layers": 0.5}, "reconstruct": "dense"}},
+            "reconstruct fits projections that lose channels, and units names only layer",
+        ),
+        ({"prune": {"budget": {"layers": 0.5, "parameters": 0.5}}}, "; got layers, parameters"),
         (
             {"prune": {"budget": {"channels": 0.1}, "units": ["gqa_group"]}},
             "prune: the budget is in ffn_channel but units names gqa_group",
@@ -248,10 +281,14 @@ def test_threshold_presets_are_numbers(name: str, value: float) -> None:
     assert prune(budget={"threshold": value}).budget.threshold == value
 
 
-def test_channels_and_groups_may_be_asked_for_together() -> None:
-    """The one pair of budget keys that does not contradict itself."""
+def test_shares_of_units_may_be_asked_for_together() -> None:
+    """These budget keys do not contradict each other."""
     both = prune(budget={"channels": 0.1, "groups": 0.5})
     assert both.layer_kinds() == ["ffn_channel", "gqa_group"]
+    deep = prune(budget={"channels": 0.1, "layers": 0.5, "ffn": 0.1}, shape="uneven")
+    assert deep.layer_kinds() == ["ffn", "ffn_channel", "layer"]
+    assert (deep.block_kinds(), deep.width_kinds()) == (["ffn", "layer"], ["ffn_channel"])
+    assert (deep.depth_method, deep.depth_options) == ("block_influence", {})
 
 
 @pytest.mark.parametrize(
@@ -259,6 +296,7 @@ def test_channels_and_groups_may_be_asked_for_together() -> None:
     [
         ({}, ["ffn_channel"]),
         ({"budget": {"groups": 0.5}}, ["gqa_group"]),
+        ({"budget": {"heads": 0.5}}, ["query_head"]),
         ({"budget": {"parameters": 0.5}}, ["ffn_channel"]),
         ({"budget": {"threshold": 0.5}, "units": ["gqa_group"]}, ["gqa_group"]),
         ({"vocabulary": {"min_count": 2}}, []),
@@ -414,3 +452,14 @@ def test_yaml_and_back_is_the_same_recipe(tmp_path: Path, changes: dict[str, Any
     assert load_recipe(write(tmp_path, text)) == done
     assert "block_size: 512" in text
     assert "\\" not in text
+
+
+def test_a_mixture_has_weights_of_any_scale_or_is_refused() -> None:
+    """Weights are above 0 and finite; buckets and mix exclude each other; the vocabulary alone has no use for a mix."""
+    assert prune(mix={"medical": 8, "general": 2}).mix == {"medical": 8.0, "general": 2.0}
+    assert "prune.mix.general: input should be greater than 0 (got 0)" in refusal(prune={"mix": {"general": 0}})
+    assert "prune.mix.medical: input should be a finite number" in refusal(prune={"mix": {"medical": float("inf")}})
+    assert "prune.mix: dictionary should have at least 1 item" in refusal(prune={"mix": {}})
+    both = refusal(prune={"mix": {"medical": 1}, "buckets": ["medical"]})
+    assert "prune: both buckets and mix say which text decides" in both
+    assert "only the vocabulary is cut" in refusal(prune={"mix": {"medical": 1}, "units": ["vocabulary"]})

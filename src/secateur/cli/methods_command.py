@@ -14,8 +14,8 @@ def command(as_json: bool) -> None:
     from secateur.score import METHODS
 
     if as_json:
-        fields = ("measures", "formula", "needs", "cost", "caveat", "source", "control")
+        fields = ("measures", "formula", "needs", "cost", "caveat", "source", "control", "kinds")
         print_json({name: {field: getattr(method, field) for field in fields} for name, method in METHODS.items()})
         return
-    rows = [[m.name, m.measures, m.needs, m.source] for m in METHODS.values()]
-    print_table(Table("methods", ["name", "measures", "needs", "source"], rows))
+    rows = [[m.name, m.measures, ", ".join(m.kinds), m.needs, m.source] for m in METHODS.values()]
+    print_table(Table("methods", ["name", "measures", "scores", "needs", "source"], rows))

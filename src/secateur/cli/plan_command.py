@@ -17,7 +17,7 @@ def command(**arguments: Any) -> None:
     Calibrates first if that was not done. The plan is a JSON file: read it, edit it, then `secateur shrink`.
     """
     from secateur.cli.console import print_json, print_table
-    from secateur.report.tables import cut_table, parts_table, plan_table, vocabulary_table
+    from secateur.report.tables import cut_table, parts_table, plan_table, removed_blocks, vocabulary_table
 
     options = RecipeOptions(**arguments)
     result = run_recipe(options, "plan")
@@ -31,6 +31,8 @@ def command(**arguments: Any) -> None:
         print_table(vocabulary_table(result.plan.vocabulary))
     print_table(cut_table(result.plan))
     print_table(parts_table(result.plan.parameters_dense, result.plan.parameters_pruned))
+    if blocks := removed_blocks(result.plan):
+        click.echo(blocks)
     for note in result.plan.notes:
         click.echo(f"note: {note}")
     click.echo(f"plan: {result.folder / 'plan.json'}\nnext: secateur shrink {options.recipe}")

@@ -22,6 +22,7 @@ class RecipeOptions:
     output: str | None
     method: str | None
     budget: tuple[str, ...]
+    mix: tuple[str, ...]
     settings: tuple[str, ...]
     as_json: bool
     quiet: bool
@@ -37,6 +38,9 @@ class RecipeOptions:
             values["prune.method"] = self.method
         if self.budget:
             values["prune.budget"] = dict(parse_override(text) for text in self.budget)
+        if self.mix:
+            values["prune.mix"] = dict(parse_override(text) for text in self.mix)
+            values["prune.buckets"] = None
         return values
 
 
@@ -49,6 +53,12 @@ def recipe_options(function: F) -> F:
             click.option("--method", help="Scoring method; wins over prune.method."),
             click.option(
                 "--budget", multiple=True, metavar="KEY=VALUE", help="Such as channels=0.2; wins over prune.budget."
+            ),
+            click.option(
+                "--mix",
+                multiple=True,
+                metavar="BUCKET=WEIGHT",
+                help="Such as medical=0.8, once per bucket; wins over prune.mix and prune.buckets.",
             ),
             click.option(
                 "--set", "settings", multiple=True, metavar="KEY=VALUE", help="Any key, such as prune.seed=1."

@@ -11,7 +11,7 @@ import yaml
 
 from secateur.records.plan import Plan
 from secateur.report.markdown import describe_choice
-from secateur.report.tables import SEGMENTATION_NOTE, cut_table
+from secateur.report.tables import SEGMENTATION_NOTE, cut_table, removed_blocks
 
 _TOKENIZER = (
     "The tokenizer is smaller too and belongs to this model alone: use the one in this folder. It writes any text that "
@@ -60,9 +60,7 @@ def render_model_card(
     metadata |= {"library_name": "transformers", "pipeline_tag": "text-generation", "tags": ["pruning", "secateur"]}
     if re.fullmatch(r"[\w.-]+/[\w.-]+", base_model) and not Path(base_model).exists():
         metadata |= {"base_model": base_model}
-    imports = (
-        ["import secateur  # registers the class for layers of different widths"] if plan.shape == "uneven" else []
-    )
+    imports = ["import secateur  # registers the class for layers that differ"] if plan.shape == "uneven" else []
     lines = [
         "---",
         yaml.safe_dump(metadata, sort_keys=False, allow_unicode=True).strip(),
@@ -70,8 +68,8 @@ def render_model_card(
         "",
         f"# {Path(base_model).name}, pruned for {', '.join(domains)}",
         "",
-        f"A physically smaller version of `{Path(base_model).name}`, made with secateur {version}. Rows and columns of "
-        "the weights were removed; nothing was zeroed or quantised.",
+        f"A physically smaller version of `{Path(base_model).name}`, made with secateur {version}. "
+        f"{_what_went(plan)} removed; nothing was zeroed or quantised.",
         "",
         summary,
         "",
@@ -106,6 +104,14 @@ def render_model_card(
         "",
     ]
     return "\n".join(lines)
+
+
+def _what_went(plan: Plan) -> str:
+    parts = ["whole layers or sub-layers"] if removed_blocks(plan) else []
+    if plan.narrows or plan.vocabulary is not None or not parts:
+        parts.append("rows and columns of the weights")
+    text = " and ".join(parts)
+    return f"{text[:1].upper()}{text[1:]} were"
 
 
 def _licence_line(base_metadata: Mapping[str, Any]) -> str:

@@ -42,7 +42,7 @@ def inspect_parameters(shapes: Mapping[str, tuple[int, ...]], geometry: Geometry
         parameters=parameters_by_part(shapes, geometry),
         layers=layers,
         units={kind: [axis.num_units for axis in axes] for kind, axes in geometry.axes.items()},
-        fixed={axis.name: axis.fixed for axis in geometry.family.axes if axis.fixed},
+        fixed={kind: reason for kind in geometry.axes if (reason := geometry.why_fixed(kind))},
     )
 
 

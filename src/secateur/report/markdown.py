@@ -15,6 +15,7 @@ from secateur.report.tables import (
     evidence_table,
     parts_table,
     plan_table,
+    removed_blocks,
     result_table,
     segmentation_table,
     speed_table,
@@ -73,15 +74,20 @@ def render_report(
 def describe_choice(plan: Plan) -> str:
     """Return in sentences how a plan's units were chosen."""
     domains, sentences = ", ".join(plan.calibrated_on) or "no text", []
+    mixture = ", ".join(f"{name} ({share:.3g})" for name, share in plan.mix.items())
+    counted = "the domains" if plan.mix else domains
     if plan.layers:
         sentences.append(
             f"Method `{plan.method}`, budget {dict(plan.budget)}, shape `{plan.shape}`, calibrated on "
-            f"{plan.calibration_tokens:,} tokens of {domains}."
+            f"{plan.calibration_tokens:,} tokens of {f'the mixture {mixture}' if mixture else domains}."
         )
+    if blocks := removed_blocks(plan):
+        chosen = f" (chosen by `{plan.depth_method}`)" if plan.depth_method else ""
+        sentences.append(f"{blocks[:1].upper()}{blocks[1:]}{chosen}.")
     if plan.vocabulary is not None:
         sentences.append(
             f"Token ids were kept by the rule {dict(plan.vocabulary.rule)} over {plan.vocabulary.counted_tokens:,} "
-            f"tokens of {domains}; those kept cover {plan.vocabulary.covered_ratio:.3%} of them."
+            f"tokens of {counted}; those kept cover {plan.vocabulary.covered_ratio:.3%} of them."
         )
     return " ".join(sentences)
 

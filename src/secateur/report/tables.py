@@ -7,15 +7,28 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
 from secateur.records.evaluation import (
+    CONFIDENCE_95,
     Evaluation,
     ModelScore,
     PairedDifference,
     TextScore,
     paired_bits_per_byte,
     paired_difference,
+    relative_rise,
 )
-from secateur.records.plan import Plan, VocabularyPlan
-from secateur.records.units import FFN_CHANNEL, GQA_GROUP, PARTS, UNIT_NAMES, VOCABULARY
+from secateur.records.plan import Plan, VocabularyPlan, format_ranges
+from secateur.records.units import (
+    ATTENTION,
+    AXIS_OF,
+    FFN,
+    FFN_CHANNEL,
+    GQA_GROUP,
+    LAYER,
+    PARTS,
+    QUERY_HEAD,
+    UNIT_NAMES,
+    VOCABULARY,
+)
 
 SEGMENTATION_NOTE = (
     "The tokenizer changed, so a perplexity per token is not comparable between rows. Compare bits/byte, or "
@@ -115,14 +128,33 @@ def evidence_table(evaluation: Evaluation) -> Table:
     )
 
 
-_PARTS_OF = {FFN_CHANNEL: ("ffn",), GQA_GROUP: ("attention",), VOCABULARY: ("embedding", "head")}
+_PARTS_OF = {
+    FFN_CHANNEL: ("ffn",),
+    GQA_GROUP: ("attention",),
+    QUERY_HEAD: ("attention",),
+    VOCABULARY: ("embedding", "head"),
+}
+
+
+def removed_blocks(plan: Plan) -> str:
+    """Return which layers go whole, and which lose a whole sub-layer, in short; nothing where none do.
+
+    For example ``layers removed: 13-14; attention removed: 20``; layers are numbered as in the dense model.
+    """
+    gone = {"layers": plan.removed_layers, **{kind: plan.removed_sublayers(kind) for kind in (ATTENTION, FFN)}}
+    return "; ".join(f"{what} removed: {format_ranges(layers)}" for what, layers in gone.items() if layers)
 
 
 def cut_table(plan: Plan) -> Table:
-    """Return what was removed of each kind of unit, and how much of the saving came from it."""
+    """Return what was removed of each kind of unit, and how much of the saving came from it.
+
+    Units that went with a whole layer or sub-layer are counted with their kind; such blocks have rows of their own
+    without parameters, which are in the other rows already.
+    """
     counts = {
         kind: (sum(layer.num_removed for layer in layers), sum(layer.num_units for layer in layers))
         for kind, layers in plan.layers.items()
+        if kind != GQA_GROUP or QUERY_HEAD not in plan.layers  # then groups go only with their sub-layers
     }
     if plan.vocabulary is not None:
         counts[VOCABULARY] = (plan.vocabulary.num_removed, plan.vocabulary.num_tokens)
@@ -132,7 +164,20 @@ def cut_table(plan: Plan) -> Table:
         owned = sum(plan.parameters_dense[part] - plan.parameters_pruned[part] for part in _PARTS_OF[kind])
         share = f"{owned / saved:.1%}" if saved else ""
         rows.append([UNIT_NAMES[kind], f"{gone:,}", f"{total:,}", f"{gone / total:.1%}", f"{owned:,}", share])
+    rows += _block_rows(plan)
     return Table("where the saving came from", ["unit", "removed", "of", "share", "parameters", "of the saving"], rows)
+
+
+def _block_rows(plan: Plan) -> list[list[str]]:
+    counts = {LAYER: (len(plan.removed_layers), len(next(iter(plan.layers.values()), ())))}
+    for kind in (ATTENTION, FFN):
+        there = sum(layer.num_units > 0 for layer in plan.layers.get(AXIS_OF[kind], ()))
+        counts[kind] = (len(plan.removed_sublayers(kind)), there)
+    return [
+        [UNIT_NAMES[kind], str(gone), str(total), f"{gone / total:.1%}", "", ""]
+        for kind, (gone, total) in counts.items()
+        if gone
+    ]
 
 
 def vocabulary_table(vocabulary: VocabularyPlan) -> Table:
@@ -226,8 +271,8 @@ def speed_table(evaluation: Evaluation, calibration_tokens_per_s: Mapping[str, f
     return Table("speed of this run", ["pass", "tokens/s"], rows)
 
 
-def verdict(evaluation: Evaluation, domains: Sequence[str]) -> str:
-    """Return one sentence per domain: smaller by how much, at what loss, against random."""
+def verdict(evaluation: Evaluation, domains: Sequence[str], bounds: Mapping[str, float] | None = None) -> str:
+    """Return one sentence per domain (smaller by how much, at what loss, against random) and one per bound."""
     dense, pruned = evaluation.models["dense"], evaluation.models["pruned"]
     random = evaluation.models.get("random")
     smaller = 1 - pruned.total_parameters / dense.total_parameters
@@ -238,4 +283,16 @@ def verdict(evaluation: Evaluation, domains: Sequence[str]) -> str:
         if random is not None:
             text += f" (random pruning at the same size: {_ratio_to_dense(random.text[bucket], dense.text[bucket])} x)"
         sentences.append(text + ".")
+    for bucket, bound in (bounds or {}).items():
+        sentences.append(_bound_verdict(bucket, bound, relative_rise(pruned.text[bucket], dense.text[bucket])))
     return " ".join(sentences)
+
+
+def _bound_verdict(bucket: str, bound: float, rise: PairedDifference) -> str:
+    """Return whether the bound on a loss, kept on validation text, held on the test text too."""
+    told = f"on {bucket} test text the loss rose by {rise.mean:.2%} ± {rise.stderr:.2%}, and {bound:.2%} were allowed"
+    if rise.mean + CONFIDENCE_95 * rise.stderr <= bound:
+        return f"The bound holds with 95 % confidence: {told}."
+    if rise.mean <= bound:
+        return f"The bound holds, but not with 95 % confidence: {told}."
+    return f"The bound, kept on validation text, is broken: {told}."

@@ -27,7 +27,7 @@ def cache(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
 
 def options(**changes: object) -> RecipeOptions:
     """Return the options of a command called with a recipe and nothing else, with changes."""
-    plain = {"recipe": "r.yml", "output": None, "method": None, "budget": (), "settings": ()}
+    plain = {"recipe": "r.yml", "output": None, "method": None, "budget": (), "mix": (), "settings": ()}
     return RecipeOptions(**{**plain, "as_json": False, "quiet": False, **changes})  # type: ignore[arg-type]
 
 
@@ -43,6 +43,12 @@ def test_options_become_dotted_recipe_keys() -> None:
         "prune.method": "magnitude",
         "prune.budget": {"channels": 0.2, "groups": 0.5},
     }
+
+
+def test_a_mixture_takes_the_place_of_the_recipes_buckets() -> None:
+    """--mix is given once per bucket; the two ways to say whose text decides never meet."""
+    said = options(mix=("medical=0.8", "general=0.2"))
+    assert said.overrides() == {"prune.mix": {"medical": 0.8, "general": 0.2}, "prune.buckets": None}
 
 
 def test_the_special_options_win_over_set() -> None:
@@ -74,7 +80,7 @@ def test_inspect_answers_machines(tmp_path: Path, capsys: pytest.CaptureFixture[
     found = call(capsys, "inspect", folder, "--json").json()
     assert (found["family"], found["dtype"]) == ("llama", "float32")
     assert 4 * sum(found["parameters"].values()) <= found["size_bytes"] == (folder / "model.safetensors").stat().st_size
-    assert found["units"] == {"ffn_channel": [96, 96], "gqa_group": [4, 4]}
+    assert found["units"] == {"ffn_channel": [96, 96], "gqa_group": [4, 4], "query_head": [8, 8]}
     assert found["fixed"] == {}
 
 

@@ -44,6 +44,6 @@ def test_the_tables_show_counts_shares_and_bytes() -> None:
     assert rows[-1] == ["total", f"{total:,}", "100.0%", f"{2 * total / 1000:.1f} kB"]
     assert sum(int(row[1].replace(",", "")) for row in rows[:-1]) == total
     table = layers_table(found)
-    assert table.columns == ["layer", "ffn_channels", "gqa_groups", "attention", "ffn", "other"]
-    assert [row[:3] for row in table.rows] == [["0", "64", "3"], ["1", "64", "3"]]
+    assert table.columns == ["layer", "ffn_channels", "gqa_groups", "query_heads", "attention", "ffn", "other"]
+    assert [row[:4] for row in table.rows] == [["0", "64", "3", "6"], ["1", "64", "3", "6"]]
     assert json.loads(json.dumps(found.to_dict())) == found.to_dict()

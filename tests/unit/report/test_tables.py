@@ -18,6 +18,7 @@ from secateur.report.tables import (
     format_count,
     parts_table,
     plan_table,
+    removed_blocks,
     result_table,
     segmentation_table,
     speed_table,
@@ -161,6 +162,22 @@ def test_the_saving_is_told_by_kind_of_unit() -> None:
         ["token ids", "500", "1,000", "50.0%", "500,000", "50.0%"],
     ]
     assert cut_table(plan()).rows == [["FFN channels", "2", "8", "25.0%", "500,000", "100.0%"]]
+
+
+def test_whole_layers_and_sub_layers_are_told() -> None:
+    """By number in a line, and as rows of the table of savings; nothing is said where none go."""
+    all_, none = LayerPlan(2, (0, 1)), LayerPlan(2, ())
+    layers = {"ffn_channel": (all_, none, none, none, all_), "gqa_group": (all_, none, none, all_, none)}
+    deep = plan(shape="uneven", layers=layers)
+    assert removed_blocks(deep) == "layers removed: 1-2; attention removed: 4; ffn removed: 3"
+    assert [row[:4] for row in cut_table(deep).rows] == [
+        ["FFN channels", "6", "10", "60.0%"],
+        ["GQA groups", "6", "10", "60.0%"],
+        ["decoder layers", "2", "5", "40.0%"],
+        ["attention sub-layers", "1", "5", "20.0%"],
+        ["FFN sub-layers", "1", "5", "20.0%"],
+    ]
+    assert removed_blocks(plan()) == ""
 
 
 def test_the_reasons_of_kept_token_ids_are_listed() -> None:
