@@ -34,11 +34,13 @@ RULES: dict[str, dict[str, Any]] = {
 
 
 def parse_domain(text: str) -> tuple[str, CorpusSpec]:
-    """Return name and corpus of ``NAME=PATH[::TEMPLATE]``, or ``NAME=CALIBRATION,TEST[::TEMPLATE]``."""
+    """Return name and corpus of ``NAME=PATH[::TEMPLATE]``, or of ``NAME=CALIBRATION[,VALIDATION],TEST[::TEMPLATE]``."""
     name, _, where = text.partition("=")
     paths, _, template = where.partition("::")
-    calibration, _, test = paths.partition(",")
-    places = {"calibration": calibration, "test": test} if test else {"path": calibration}
+    first, *others = paths.split(",")
+    places = {"path": first}
+    if others:
+        places = {"calibration": first, "test": others[-1]} | ({"validation": others[0]} if len(others) > 1 else {})
     return name, CorpusSpec(**places, text=template or None)
 
 
