@@ -39,9 +39,9 @@ from secateur.evaluate import evaluate_text
 from secateur.evaluate.footprint import model_shapes
 from secateur.families.geometry import Geometry, build_geometry
 from secateur.families.loader import family_of
-from secateur.pipeline_gradients import together as gradients_together
-from secateur.pipeline_grams import Reconstructor, Supply, judging_tokens, together
-from secateur.pipeline_vocabulary import read_vocabulary
+from secateur.pipeline.gradients import together as gradients_together
+from secateur.pipeline.grams import Reconstructor, Supply, judging_tokens, together
+from secateur.pipeline.vocabulary import read_vocabulary
 from secateur.progress import Progress, silent
 from secateur.recipe import CorpusSpec, PruneSpec, Recipe, load_recipe, parse_prune, parse_recipe
 from secateur.records.evaluation import TextScore

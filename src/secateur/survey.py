@@ -23,7 +23,7 @@ from secateur.corpus.readers import open_source, require_documents
 from secateur.corpus.split import Split
 from secateur.corpus.tokenizing import tokenize
 from secateur.errors import PlanError, TokenizerError
-from secateur.pipeline_vocabulary import read_vocabulary
+from secateur.pipeline.vocabulary import read_vocabulary
 from secateur.progress import Progress, silent
 from secateur.recipe import CorpusSpec, VocabularySpec
 from secateur.records.plan import VocabularyPlan

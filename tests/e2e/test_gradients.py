@@ -10,8 +10,8 @@ import pytest
 import torch
 
 import secateur
-from secateur import pipeline
 from secateur.errors import ConfigError
+from secateur.pipeline import job as pipeline
 from secateur.store.artifacts import read_gradients
 from tests.pico import Pico, medical_records, pico_tokenizer, random_model, save_model_folder
 

@@ -20,8 +20,8 @@ from safetensors.torch import load_file, save_file
 from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer
 
 import secateur
-from secateur import pipeline
 from secateur.corpus import document_hash, read_documents
+from secateur.pipeline import job as pipeline
 from secateur.recipe import CorpusSpec
 from secateur.records.plan import Plan, format_ranges
 from secateur.store.artifacts import read_scores
@@ -523,10 +523,10 @@ def test_an_edited_plan_may_become_uneven(pico: Pico, copied: Path) -> None:
 
 STOPS = {
     "while calibrating": ("secateur.stream.forward.model_inputs", []),
-    "after calibrating": ("secateur.pipeline.write_scores", ["calibrate:medical", "calibrate:general"]),
-    "before the plan is recorded": ("secateur.pipeline.write_json", ["calibrate:medical", "calibrate:general"]),
+    "after calibrating": ("secateur.pipeline.job.write_scores", ["calibrate:medical", "calibrate:general"]),
+    "before the plan is recorded": ("secateur.pipeline.job.write_json", ["calibrate:medical", "calibrate:general"]),
     "while saving": ("secateur.export.huggingface.compare_reloaded", STAGES[:3]),
-    "while evaluating": ("secateur.pipeline.evaluate_text", STAGES[:4]),
+    "while evaluating": ("secateur.pipeline.job.evaluate_text", STAGES[:4]),
 }
 
 
@@ -555,7 +555,7 @@ def test_a_stopped_run_leaves_whole_files_and_resumes(
     assert "stopped; the same command continues" in answer.err
     assert "Traceback" not in answer.err
     assert hidden_in(run) == []
-    assert (run / "model").exists() == (place == "secateur.pipeline.evaluate_text")
+    assert (run / "model").exists() == (place == "secateur.pipeline.job.evaluate_text")
     again = call(capsys, "run", recipe, "--quiet", "--json")
     assert again.code == 0, again.err
     assert again.json()["reused"] == done
@@ -591,7 +591,7 @@ def test_a_result_that_was_not_recorded_is_never_taken_for_an_older_one(
 
 DAWDLE = """
 import sys, time
-from secateur import pipeline
+from secateur.pipeline import job as pipeline
 from secateur.cli.main import main
 
 def evaluate_late(*arguments, **options):

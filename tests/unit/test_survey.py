@@ -19,7 +19,7 @@ from secateur.corpus import document_hash, read_documents
 from secateur.corpus.split import assign_split
 from secateur.errors import CorpusError, TokenizerError
 from secateur.files import CACHE_VARIABLE
-from secateur.pipeline_vocabulary import read_vocabulary
+from secateur.pipeline.vocabulary import read_vocabulary
 from secateur.recipe import CorpusSpec, VocabularySpec
 from secateur.records.survey import VocabularySurvey
 from secateur.store.checkpoints import Checkpoint, load_tokenizer, resolve_model

@@ -9,7 +9,7 @@ from pathlib import Path
 import pytest
 
 from secateur.errors import PlanError
-from secateur.pipeline_bounds import RESOLUTION, smallest_within
+from secateur.pipeline.bounds import RESOLUTION, smallest_within
 from secateur.progress import silent
 from secateur.records.evaluation import CONFIDENCE_95, PairedDifference
 from secateur.records.plan import LayerPlan, Plan

@@ -2,7 +2,7 @@
 
     check -> calibrate -> plan -> shrink -> evaluate
 
-Where token ids go as well, they are counted and chosen during the check (``pipeline_vocabulary``), because that needs
+Where token ids go as well, they are counted and chosen during the check (``vocabulary``), because that needs
 no weights.
 
 Stages do not know each other; this file hands one's record to the next and remembers what is done.
@@ -44,13 +44,13 @@ from secateur.evaluate.output_change import Measure, OutputChange
 from secateur.export import export_huggingface
 from secateur.export.model_card import read_front_matter, render_model_card
 from secateur.families.geometry import build_geometry, parameters_by_part
-from secateur.pipeline_bounds import smallest_within
-from secateur.pipeline_depth import DepthStage, Meters
-from secateur.pipeline_gradients import GradientStage
-from secateur.pipeline_grams import GramStage, Reconstructor, Supply, judging_tokens, summary
-from secateur.pipeline_search import MEASURED, Search, build_choices, find_counts, is_measured, quick_reconstruct
-from secateur.pipeline_streams import FittedWeights, fit_on_pruned_stream
-from secateur.pipeline_vocabulary import VocabularyStage
+from secateur.pipeline.bounds import smallest_within
+from secateur.pipeline.depth import DepthStage, Meters
+from secateur.pipeline.gradients import GradientStage
+from secateur.pipeline.grams import GramStage, Reconstructor, Supply, judging_tokens, summary
+from secateur.pipeline.search import MEASURED, Search, build_choices, find_counts, is_measured, quick_reconstruct
+from secateur.pipeline.streams import FittedWeights, fit_on_pruned_stream
+from secateur.pipeline.vocabulary import VocabularyStage
 from secateur.progress import Progress, silent
 from secateur.recipe import LOSS_BOUNDS, Recipe
 from secateur.records.evaluation import (

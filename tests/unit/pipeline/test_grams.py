@@ -9,7 +9,7 @@ from torch import Tensor
 from secateur.errors import CorpusError
 from secateur.families.geometry import Geometry, build_geometry
 from secateur.families.loader import family_of
-from secateur.pipeline_grams import Reconstructor, Supply, judging_tokens, together
+from secateur.pipeline.grams import Reconstructor, Supply, judging_tokens, together
 from secateur.records.gram import GramsInMemory
 from secateur.shrink.reconstruct import choose_reconstruction, reconstruct
 from tests.pico import random_model

@@ -13,7 +13,7 @@ import secateur
 from secateur.corpus import PackedBlocks, load_split
 from secateur.families.geometry import Geometry, build_geometry
 from secateur.families.loader import family_of
-from secateur.pipeline_streams import fit_on_pruned_stream
+from secateur.pipeline.streams import fit_on_pruned_stream
 from secateur.records.plan import Plan
 from secateur.stream.sources import LoadedLayers
 from tests.pico import general_paragraphs, medical_records, pico_tokenizer, random_model

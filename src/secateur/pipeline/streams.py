@@ -25,7 +25,7 @@ from torch import Tensor, nn
 
 from secateur.families.geometry import Geometry, UnitAxis
 from secateur.families.schema import SubLayer
-from secateur.pipeline_grams import ModuleReport
+from secateur.pipeline.grams import ModuleReport
 from secateur.progress import Progress, silent
 from secateur.records.blocks import TokenBlocks
 from secateur.records.plan import Plan

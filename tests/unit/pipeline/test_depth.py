@@ -17,7 +17,7 @@ from secateur.errors import CheckpointError
 from secateur.evaluate.output_change import OutputChange
 from secateur.families.geometry import Geometry
 from secateur.families.loader import families
-from secateur.pipeline_depth import DepthStage, Meters
+from secateur.pipeline.depth import DepthStage, Meters
 from secateur.progress import silent
 from secateur.records.scores import Scores
 from secateur.records.units import ATTENTION, FFN, LAYER

@@ -9,9 +9,9 @@ import pytest
 import torch
 from torch import Tensor
 
-from secateur import pipeline_streams
 from secateur.families.geometry import Geometry
 from secateur.families.loader import families
+from secateur.pipeline import streams
 from secateur.stream.sources import LoadedLayers
 from tests.blocks import HandMadeBlocks, random_documents
 from tests.conftest import geometry_of, pico_model
@@ -59,15 +59,15 @@ def test_the_fit_sees_what_the_model_without_blocks_gives(monkeypatch: pytest.Mo
     }
     texts = HandMadeBlocks(random_documents([16] * 8), [[row] for row in range(8)], 16)
     sums: list[Any] = []
-    fit = pipeline_streams._fit
+    fit = streams._fit
 
     def remember(axis: Any, weight: Tensor, keep: Any, fitted: Any, held_out: Any) -> Any:
         sums.append(fitted[0])
         return fit(axis, weight, keep, fitted, held_out)
 
-    monkeypatch.setattr(pipeline_streams, "_fit", remember)
+    monkeypatch.setattr(streams, "_fit", remember)
     plan = plan_keeping(geometry, kept, "uneven")
-    result = pipeline_streams.fit_on_pruned_stream(LoadedLayers(model, geometry), plan, [texts], [texts], batch_size=4)
+    result = streams.fit_on_pruned_stream(LoadedLayers(model, geometry), plan, [texts], [texts], batch_size=4)
     reader = geometry.axes[FFN][3].reader
     assert list(result.weights) == [reader], "what goes whole is not fitted"
 
@@ -78,7 +78,7 @@ def test_the_fit_sees_what_the_model_without_blocks_gives(monkeypatch: pytest.Mo
     got, after = layer_end(pruned, 2, token_ids)
     wanted, dense_after = layer_end(model, 3, token_ids)
     weight = model.get_parameter(f"{reader}.weight").detach()
-    target = got @ weight.T + pipeline_streams.RESIDUAL_SHARE * (dense_after - after)
+    target = got @ weight.T + streams.RESIDUAL_SHARE * (dense_after - after)
     torch.testing.assert_close(sums[-1].gram.double(), got.T @ got, rtol=1e-4, atol=1e-4)
     torch.testing.assert_close(sums[-1].target.double(), target.T @ got, rtol=1e-4, atol=1e-4)
     assert sums[-1].power == pytest.approx(float(target.square().sum()), rel=1e-4)
@@ -96,7 +96,7 @@ def test_the_dense_model_is_a_fixed_point_and_layers_after_a_cut_come_nearer(nam
     plan = plan_keeping(geometry, {FFN: [everything, half, everything]}, "uneven")
     texts = HandMadeBlocks(random_documents([24] * 24), [[row] for row in range(24)], 24)
     source = LoadedLayers(model, geometry)
-    result = pipeline_streams.fit_on_pruned_stream(source, plan, [texts], [texts], batch_size=4)
+    result = streams.fit_on_pruned_stream(source, plan, [texts], [texts], batch_size=4)
     assert list(result.weights) == [geometry.axes[FFN][1].reader]
     assert set(result.refitted) == {geometry.axes[kind][2].reader for kind in (GROUPS, FFN)}
     token_ids = torch.tensor(list(texts.texts))
