@@ -43,7 +43,7 @@ OUTPUT_RIDGE: float = 0.1
     measures="what the loss on the domain gains when the unit goes and least squares lets the others take over",
     formula="score_g = tr(W_gT G W_g ([H^-1]_gg)^-1), for one channel w_jT G w_j / [H^-1]_jj; H = E[a aT] + ridge * "
     "mean(diag E[a aT]) I, G = E[g gT] + output_ridge * mean(diag E[g gT]) I, g = dL/dy; greedy as for obs",
-    needs="Gram matrices, weights and gradients",
+    needs="Gram matrices and weights and gradients",
     cost="a forward and backward pass over calibrate.gradient_tokens tokens, and about three matrix inversions per "
     "layer; one without greedy",
     caveat="needs several tokens per channel, and means what it says only if least-squares compensation follows",
