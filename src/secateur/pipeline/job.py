@@ -182,6 +182,7 @@ class _Job:
         self.folder = RunFolder.open(Path(recipe.output).expanduser())
         self.result = RunResult(self.folder.path)
         self._read: dict[tuple[str, Split], PackedBlocks] = {}
+        self._searched: tuple[Scores, Search] | None = None
 
     # -- what is asked, resolved ---------------------------------------------------------------------------------
 
@@ -695,13 +696,15 @@ class _Job:
     ) -> Mapping[str, Sequence[int]]:
         geometry, shapes = self.checkpoint.geometry, self.checkpoint.shapes
         given_up = vocabulary.num_removed * token_cost(geometry, shapes) if vocabulary else 0
-        return find_counts(self._search(scores), request, geometry, shapes, scores, given_up)
+        if self._searched is None or self._searched[0] is not scores:
+            self._searched = scores, self._search(scores)
+        return find_counts(self._searched[1], request, geometry, shapes, scores, given_up)
 
     def _search(self, scores: Scores) -> Search:
         prune, geometry = self.recipe.prune, self.checkpoint.geometry
         meters = self._meters("kl")
         grams = self.grams.load("calibration") if prune.reconstruct != "none" else None
-        options = prune.model_dump(exclude={"budget", "vocabulary"})
+        cuts = prune.model_dump(exclude={"budget", "vocabulary", "allocation", "search"})
         return Search(
             meters=meters.by_bucket,
             weights=meters.weights,
@@ -716,7 +719,7 @@ class _Job:
             choices=build_choices(geometry, self.checkpoint.shapes, self.request, scores, prune.layer_kinds()),
             spec=prune.search,
             folder=self.folder,
-            key=digest([self._calibration_key(name) for name in self.pruning_buckets], options),
+            key=digest([self._calibration_key(name) for name in self.pruning_buckets], cuts, prune.search.tokens),
             seed=prune.seed,
             progress=self.progress,
             reused=self.result.reused,

@@ -10,7 +10,7 @@ from __future__ import annotations
 
 import time
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from functools import partial
 from itertools import product
 from pathlib import Path
@@ -123,6 +123,7 @@ class Search:
     seed: int
     progress: Progress
     reused: list[str]
+    _losses: dict[_Cut, float] = field(default_factory=dict)
 
     # -- one cut at a time ---------------------------------------------------------------------------------------
 
@@ -144,7 +145,12 @@ class Search:
         return sorted(wanted | ({0} & set(allowed)), reverse=True)
 
     def losses(self) -> dict[_Cut, float]:
-        """Return what every measured cut loses on its own, in nats per token."""
+        """Return what every measured cut loses on its own, in nats per token; measured once."""
+        if not self._losses:
+            self._losses = self._measure_cuts()
+        return self._losses
+
+    def _measure_cuts(self) -> dict[_Cut, float]:
         cuts = self.cuts()
         candidates: list[list[MakePatch]] = [[] for _ in range(self.choices.num_layers)]
         for cut in cuts:
