@@ -222,7 +222,7 @@ Allocation = Literal["auto", "uniform", "global", "log_increase", "block_influen
 
 
 class SearchSpec(_Record):
-    """How ``allocation: knapsack`` and ``search`` measure: on how much text, at which cuts, for how long."""
+    """How much text measured allocations and depth methods use; at which cuts and for how long allocations measure."""
 
     tokens: Annotated[int, Field(gt=0)] = 4096
     levels: Annotated[list[Ratio], Field(min_length=1)] = [0.25, 0.5, 0.75]
