@@ -41,6 +41,7 @@ from secateur.families.geometry import Geometry, build_geometry
 from secateur.families.loader import family_of
 from secateur.pipeline.gradients import together as gradients_together
 from secateur.pipeline.grams import Reconstructor, Supply, judging_tokens, together
+from secateur.pipeline.search import MEASURED
 from secateur.pipeline.vocabulary import read_vocabulary
 from secateur.progress import Progress, silent
 from secateur.recipe import CorpusSpec, PruneSpec, Recipe, load_recipe, parse_prune, parse_recipe
@@ -336,10 +337,12 @@ def plan(
         raise ConfigError(
             "a plan does not reconstruct; ask shrink for it: shrink(model, plan, reconstruct=statistics)."
         )
+    _require_no_text(spec)
     texts = None if statistics is None else _Texts.of(statistics, geometry, spec.buckets, spec.mix)
     scores = Scores(spec.method, {}, () if texts is None else texts.names, {})
     if texts is not None and kinds:
         scores = _score(model, texts, spec, geometry)
+        request = replace(request, influence=texts.merged.layer_influence())
     counts = token_counts.counts if token_counts is not None else None if texts is None else texts.token_counts
     made = make_plan(
         scores,
@@ -355,6 +358,17 @@ def plan(
     shares = normalised(texts.mix) if texts.mix else {}
     made = replace(made, mix=shares, notes=(*made.notes, *texts.notes(geometry, kinds)))
     return with_constants(made, geometry, texts.merged.moments, shapes)
+
+
+def _require_no_text(spec: PruneSpec) -> None:
+    """Raise ConfigError for what can only be planned by running pruned models on text."""
+    asked = [f"allocation: {spec.allocation}"] if spec.allocation in MEASURED else []
+    asked += ["a bound on the loss"] if spec.budget is not None and spec.budget.is_bound else []
+    if asked:
+        raise ConfigError(
+            f"{asked[0]} measures pruned models on text, and a plan is made from statistics alone. Use a recipe: "
+            "secateur.run(recipe, until='plan')."
+        )
 
 
 def _score(model: Any, texts: _Texts, spec: PruneSpec, geometry: Geometry) -> Scores:

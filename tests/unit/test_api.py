@@ -375,3 +375,28 @@ def test_what_judged_a_fit_is_not_measured_on(model: Any, tokenizer: Any, texts:
     assert used and not used & set(statistics.buckets["domain"].documents.tolist())
     options: dict[str, Any] = {"split": "validation", "block_size": 64, "max_tokens": None}
     assert secateur.evaluate(model, tokenizer, texts, exclude=statistics, **options).num_excluded == len(used)
+
+
+@pytest.mark.parametrize(
+    ("ask", "what"),
+    [
+        ({"allocation": "knapsack", "shape": "uneven"}, "allocation: knapsack"),
+        ({"allocation": "search"}, "allocation: search"),
+        ({"budget": {"max_domain_loss": 0.1}}, "a bound on the loss"),
+    ],
+)
+def test_what_is_measured_on_text_cannot_be_planned_from_statistics(
+    model: Any, statistics: Statistics, ask: dict[str, Any], what: str
+) -> None:
+    """Rather than planning something else in silence; the message says what to use."""
+    with pytest.raises(ConfigError, match=f"{what} measures pruned models on text.*Use a recipe"):
+        secateur.plan(model, statistics, **{"budget": {"channels": 0.25}, **ask})
+
+
+@pytest.mark.parametrize("allocation", ["log_increase", "block_influence"])
+def test_shares_by_a_rule_need_only_statistics(model: Any, statistics: Statistics, allocation: str) -> None:
+    """As in a recipe."""
+    plan = secateur.plan(model, statistics, budget={"channels": 0.25}, allocation=allocation, shape="uneven")
+    kept = [len(layer.keep) for layer in plan.layers["ffn_channel"]]
+    total = sum(layer.num_units for layer in plan.layers["ffn_channel"])
+    assert sum(kept) == pytest.approx(0.75 * total, abs=2)

@@ -167,7 +167,7 @@ def _exchange(parent: Counts, space: Space, numbers: random.Random, share: float
         if (from_kind, from_layer) == (to_kind, to_layer):
             continue
         child = {kind: list(per_layer) for kind, per_layer in parent.items()}
-        lower = _near(space.allowed[from_kind][from_layer], parent[from_kind][from_layer], share, upwards=False)
+        lower = _fewer(space.allowed[from_kind][from_layer], parent[from_kind][from_layer], share)
         if not lower:
             continue
         child[from_kind][from_layer] = numbers.choice(lower)
@@ -182,8 +182,7 @@ def _exchange(parent: Counts, space: Space, numbers: random.Random, share: float
     return parent
 
 
-def _near(allowed: Sequence[int], kept: int, share: float, *, upwards: bool) -> list[int]:
-    """Return the counts on one side that differ by at most a share of the layer's units, the nearest one at least."""
-    side = [n for n in allowed if (n > kept if upwards else n < kept)]
-    near = [n for n in side if abs(n - kept) <= share * allowed[-1]]
-    return near or (side[:1] if upwards else side[-1:])
+def _fewer(allowed: Sequence[int], kept: int, share: float) -> list[int]:
+    """Return the counts below ``kept`` by at most a share of the layer's units, the nearest one at least."""
+    below = [n for n in allowed if n < kept]
+    return [n for n in below if kept - n <= share * allowed[-1]] or below[-1:]

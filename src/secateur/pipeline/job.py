@@ -678,8 +678,7 @@ class _Job:
         geometry, shapes = self.checkpoint.geometry, self.checkpoint.shapes
         vocabulary = self._vocabulary_for(request)
         if merged is not None:
-            cosine = merged.cosine_sum / merged.num_tokens
-            request = replace(request, influence=(1 - cosine).tolist())
+            request = replace(request, influence=merged.layer_influence())
         return make_plan(
             scores,
             geometry,

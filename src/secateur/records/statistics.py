@@ -85,6 +85,11 @@ class BucketStatistics:
     corpus_fingerprint: str
     tokens_per_s: float = 0.0
 
+    def layer_influence(self) -> list[float]:
+        """Return per layer 1 - mean cosine of its input and output."""
+        influence: list[float] = (1 - self.cosine_sum / self.num_tokens).tolist()
+        return influence
+
 
 @dataclass(frozen=True, slots=True)
 class Statistics:
