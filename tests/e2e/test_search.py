@@ -138,6 +138,7 @@ def test_a_bound_on_the_loss_gives_the_smallest_model_tried_that_keeps_it(pico: 
     models = result.evaluation.models
     rise = relative_rise(models["pruned"].text["medical"], models["dense"].text["medical"])
     assert f"on medical test text the loss rose by {rise.mean:.2%}" in result.summary
+    assert result.summary in (tmp_path / "report.md").read_text()
     again = secateur.run(pico.recipe(tmp_path, prune=prune, evaluate=QUICK))
     assert {"plan", "shrink"} <= set(again.reused)
 

@@ -82,7 +82,7 @@ def smallest_within(
     if not kept:
         raise PlanError(_cannot(trials, bounds))
     best = max(kept, key=lambda trial: trial.share)
-    told = ", ".join(f"{name} +{mean:.2%} ± {error:.2%}" for name, (mean, error) in sorted(best.rises.items()))
+    told = ", ".join(f"{name} {mean:+.2%} ± {error:.2%}" for name, (mean, error) in sorted(best.rises.items()))
     found = plan(best.share)
     note = (
         f"{best.share:.2%} of all parameters go: the most of {len(trials)} sizes tried that keeps the loss on "
@@ -145,7 +145,7 @@ def _cannot(trials: Sequence[Trial], bounds: Mapping[str, float]) -> str:
             "to prune.units, or use a budget in size to see what is possible."
         )
     smallest = min(measured, key=lambda trial: trial.share)
-    told = ", ".join(f"{name} +{mean:.2%} ± {error:.2%}" for name, (mean, error) in sorted(smallest.rises.items()))
+    told = ", ".join(f"{name} {mean:+.2%} ± {error:.2%}" for name, (mean, error) in sorted(smallest.rises.items()))
     return (
         f"the bound on the loss cannot be met ({asked}): the smallest cut that was tried removes {smallest.share:.2%} "
         f"of the parameters, and the loss on validation text rose by {told}. Raise the bound, use more validation text "

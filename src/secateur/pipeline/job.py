@@ -1029,6 +1029,7 @@ class _Job:
             manifest=self.folder.manifest,
             calibration_tokens_per_s=speeds,
             recipe_yaml=self.recipe.to_yaml(),
+            bounds=self._bounds,
         )
         self.folder.write_text("report.md", report)
         tables = (result_table(evaluation), evidence_table(evaluation))

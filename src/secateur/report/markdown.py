@@ -33,6 +33,7 @@ def render_report(
     manifest: Mapping[str, Any],
     calibration_tokens_per_s: Mapping[str, float],
     recipe_yaml: str,
+    bounds: Mapping[str, float] | None = None,
 ) -> str:
     """Return the report of a run as Markdown.
 
@@ -44,6 +45,7 @@ def render_report(
         manifest: versions, fingerprints, seeds and timings of the run.
         calibration_tokens_per_s: per bucket.
         recipe_yaml: the recipe as resolved.
+        bounds: by bucket, how much its loss was allowed to rise; None where the budget was a size.
     """
     tables = [result_table(evaluation), cut_table(plan)]
     if plan.vocabulary is not None:
@@ -60,7 +62,7 @@ def render_report(
     counted = " or counted" if plan.vocabulary else ""
     return (
         f"# {model_name}, pruned for {', '.join(domains)}\n\n"
-        f"{verdict(evaluation, domains)}\n\n"
+        f"{verdict(evaluation, domains, bounds)}\n\n"
         f"{describe_choice(plan)} All numbers are from documents that were not calibrated on{counted}.\n\n"
         + (f"{SEGMENTATION_NOTE}\n\n" if plan.vocabulary else "")
         + (f"{notes}\n" if notes else "")
