@@ -26,6 +26,8 @@ from secateur.score import METHODS
 from secateur.store.artifacts import read_json, write_json
 
 CALIBRATION_TOKENS, TEST_TOKENS = 32_768, 8_192
+HEADLINE_TOKENS = 16_384
+"""Test tokens of each text in the tables of allocations and units, at least."""
 CUTS = ((0.2, "none"), (0.2, "dense"), (0.4, "dense"))
 """Share of channels removed, and the reconstruction."""
 GREEDY = {"method": "obs", "options": {"greedy": True}}
@@ -37,7 +39,7 @@ VARIANTS: Mapping[str, Mapping[str, Any]] = {
 }
 """Rows beside those of every registered method with its defaults."""
 
-SEARCH = {"tokens": 4096, "time_limit": "40m"}
+SEARCH = {"tokens": 4096, "time_limit": "15m"}
 _UNEVEN = {**BEST, "shape": "uneven", "search": SEARCH}
 ALLOCATIONS: Mapping[str, Mapping[str, Any]] = {
     "uniform": {**BEST, "budget": {"channels": 0.4}},
@@ -72,6 +74,10 @@ class _Bench:
     store: Path
     domain: str
     recipe: Mapping[str, Any] = field(default_factory=dict)
+
+    @property
+    def headline_tokens(self) -> int:
+        return max(HEADLINE_TOKENS, self.recipe["evaluate"]["max_tokens"])
 
     def row(self, name: str, prune: Mapping[str, Any], test_tokens: int | None = None) -> Evaluation:
         """Return the measurements of a cut and of the dense model; measured once, then read back."""
@@ -155,14 +161,15 @@ def _allocations_table(bench: _Bench) -> list[str]:
     lines = [
         "### How layers share 40 % of the FFN channels",
         "",
-        "kfac, `reconstruct: pruned`; perplexity over dense, and over that of the uniform row.",
+        "kfac, `reconstruct: pruned`; perplexity over dense, and over that of the uniform row, on",
+        f"{bench.headline_tokens:,} test tokens of each text.",
         "",
         "| allocation | parameters | domain / dense | domain / uniform | general / dense |",
         "|---|---:|---:|---:|---:|",
     ]
     uniform: ModelScore | None = None
     for name, prune in ALLOCATIONS.items():
-        found = bench.row(f"allocation {name}", prune)
+        found = bench.row(f"allocation {name}", prune, bench.headline_tokens)
         pruned = found.models["pruned"]
         uniform = uniform or pruned
         beside = _exp(paired_difference(pruned.text[bench.domain], uniform.text[bench.domain]))
@@ -177,13 +184,13 @@ def _together_table(bench: _Bench) -> list[str]:
     lines = [
         "### A quarter of all parameters",
         "",
-        "bits/byte over dense on the same text, ± one standard error of the pair.",
+        f"bits/byte over dense on the same {bench.headline_tokens:,} test tokens, ± one standard error of the pair.",
         "",
         "| units | parameters | domain | general |",
         "|---|---:|---:|---:|",
     ]
     for name, prune in TOGETHER.items():
-        found = bench.row(f"together {name}", prune)
+        found = bench.row(f"together {name}", prune, bench.headline_tokens)
         texts = (_rise(found, bucket) for bucket in (bench.domain, "general"))
         lines.append(f"| {name} | {found.models['pruned'].total_parameters:,} | " + " | ".join(texts) + " |")
     return [*lines, ""]

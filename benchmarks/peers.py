@@ -65,13 +65,16 @@ PEERS: dict[str, tuple[str, ...]] = {
 
 _EXACT = {"multiple_of": 1}
 _BOTH = {"units": ["ffn_channel", "vocabulary"], "vocabulary": {"min_count": 1}}
+_BEST = {"method": "kfac", "reconstruct": "pruned"}
 SECATEUR: dict[str, dict[str, Any]] = {
-    "uniform": {"method": "activation_norm", **_EXACT},
-    "uniform, reconstructed": {"method": "activation_norm", "reconstruct": "dense", **_EXACT},
-    "uneven, reconstructed": {"method": "activation_norm", "shape": "uneven", "reconstruct": "dense", **_EXACT},
-    "vocabulary and uniform, reconstructed": {"method": "activation_norm", "reconstruct": "dense", **_BOTH, **_EXACT},
+    "activation norm": {"method": "activation_norm", **_EXACT},
+    "activation norm, refit on the dense stream": {"method": "activation_norm", "reconstruct": "dense", **_EXACT},
+    "K-FAC, refit on the pruned stream": {**_BEST, **_EXACT},
+    "K-FAC, refit on the pruned stream, vocabulary too": {**_BEST, **_BOTH, **_EXACT},
 }
 """The ``prune`` section by name of the row; the budget is what brings the model to a peer's size."""
+RUINED = 10.0
+"""Perplexity over dense above which a peer's model is of no use, and secateur is not measured at its size."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -410,7 +413,9 @@ def measure_domain(store: Path, name: str, corpus: CorpusSpec | None, sizes: tup
     bench = _Bench(store, name, corpus, sizes)
     dense = bench.dense()
     rows = [dense, *(bench.peer(peer) for peer in PEERS)]
-    targets = sorted({row.size for row in rows if row.size}, reverse=True) if ours else []
+    limit = dense.measured_score.nll_per_token + math.log(RUINED)
+    useful = {row.size for row in rows if row.size and row.measured_score.nll_per_token < limit}
+    targets = sorted(useful, reverse=True) if ours else []
     rows += [bench.ours(option, size, dense.parameters) for size in targets for option in SECATEUR]
     return "\n".join([*_introduction(bench, dense.measured_score), *table(rows)])
 
