@@ -373,8 +373,15 @@ def test_the_same_recipe_again_does_nothing(
     pico: Pico, copied: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch, tmp_path: Path
 ) -> None:
     """The second run reuses every stage, loads no weights, reads no text, and answers the same."""
-    for name in ("load_model", "load_split", "collect", "evaluate_text", "export_huggingface", "load_tokenizer"):
-        monkeypatch.setattr(pipeline, name, refuse)
+    for name in (
+        "job.load_model",
+        "texts.load_split",
+        "job.collect",
+        "evaluation.evaluate_text",
+        "job.export_huggingface",
+        "job.load_tokenizer",
+    ):
+        monkeypatch.setattr(f"secateur.pipeline.{name}", refuse)
     before = {name: (copied / name).read_bytes() for name in ("evaluation.json", "plan.json", "model/README.md")}
     answer = call(capsys, "run", pico.write_recipe(tmp_path / "r.yml", copied), "--json")
     assert answer.code == 0, answer.err
@@ -526,7 +533,7 @@ STOPS = {
     "after calibrating": ("secateur.pipeline.job.write_scores", ["calibrate:medical", "calibrate:general"]),
     "before the plan is recorded": ("secateur.pipeline.job.write_json", ["calibrate:medical", "calibrate:general"]),
     "while saving": ("secateur.export.huggingface.compare_reloaded", STAGES[:3]),
-    "while evaluating": ("secateur.pipeline.job.evaluate_text", STAGES[:4]),
+    "while evaluating": ("secateur.pipeline.evaluation.evaluate_text", STAGES[:4]),
 }
 
 
@@ -555,7 +562,7 @@ def test_a_stopped_run_leaves_whole_files_and_resumes(
     assert "stopped; the same command continues" in answer.err
     assert "Traceback" not in answer.err
     assert hidden_in(run) == []
-    assert (run / "model").exists() == (place == "secateur.pipeline.job.evaluate_text")
+    assert (run / "model").exists() == (place == "secateur.pipeline.evaluation.evaluate_text")
     again = call(capsys, "run", recipe, "--quiet", "--json")
     assert again.code == 0, again.err
     assert again.json()["reused"] == done
@@ -668,7 +675,7 @@ class Watched:
             return evaluate_text(model, blocks, *arguments, **options)
 
         patch.setattr(pipeline, "collect", watched_collect)
-        patch.setattr(pipeline, "evaluate_text", watched_evaluate)
+        patch.setattr("secateur.pipeline.evaluation.evaluate_text", watched_evaluate)
 
 
 @pytest.fixture

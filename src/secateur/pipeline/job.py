@@ -14,8 +14,8 @@ import importlib.metadata
 import platform
 import time
 from collections.abc import Collection, Iterable, Mapping, Sequence
-from dataclasses import asdict, dataclass, field, replace
-from functools import cached_property
+from dataclasses import dataclass, field, replace
+from functools import cached_property, partial
 from pathlib import Path
 from typing import Any, Literal
 
@@ -31,34 +31,31 @@ from secateur.calibrate.gradients import require_dtype
 from secateur.corpus import (
     PackedBlocks,
     check_sources,
-    load_split,
-    resegment,
-    segmentation_change,
     source_signature,
 )
 from secateur.corpus.split import Split
-from secateur.errors import CheckpointError, ConfigError
-from secateur.evaluate import evaluate_resegmented, evaluate_text, model_parameters
+from secateur.errors import ConfigError
+from secateur.evaluate import evaluate_text
 from secateur.evaluate.footprint import memory_bytes
 from secateur.evaluate.output_change import Measure, OutputChange
 from secateur.export import export_huggingface
 from secateur.export.model_card import read_front_matter, render_model_card
-from secateur.families.geometry import build_geometry, parameters_by_part
+from secateur.families.geometry import parameters_by_part
 from secateur.pipeline.bounds import smallest_within
 from secateur.pipeline.depth import DepthStage, Meters
+from secateur.pipeline.evaluation import VOCABULARY, Candidate, EvaluationStage, Row, SmallerVocabulary
 from secateur.pipeline.gradients import GradientStage
-from secateur.pipeline.grams import GramStage, Reconstructor, Supply, judging_tokens, summary
+from secateur.pipeline.grams import GramStage, Reconstructor, Supply, summary
 from secateur.pipeline.search import MEASURED, Search, build_choices, find_counts, is_measured, quick_reconstruct
 from secateur.pipeline.streams import FittedWeights, fit_on_pruned_stream
+from secateur.pipeline.texts import Texts
 from secateur.pipeline.vocabulary import VocabularyStage
 from secateur.progress import Progress, silent
 from secateur.recipe import LOSS_BOUNDS, Recipe
 from secateur.records.evaluation import (
     Evaluation,
-    ModelScore,
     PairedDifference,
     TextScore,
-    VocabularyEffect,
     relative_rise,
 )
 from secateur.records.gradients import GradientStatistics
@@ -164,15 +161,6 @@ def run(recipe: Recipe, *, until: Stage = "evaluate", progress: Progress = silen
     return job.result
 
 
-def _read_evaluation(file: Path) -> Evaluation:
-    try:
-        return Evaluation.from_dict(read_json(file))
-    except (KeyError, TypeError, AttributeError) as error:
-        raise CheckpointError(
-            f"{file} is not an evaluation that secateur wrote: {error!r}. Delete it; it will be made again."
-        ) from None
-
-
 class _Job:
     """One run: holds what is loaded, so that nothing is loaded twice or before it is needed."""
 
@@ -181,7 +169,6 @@ class _Job:
         self.progress = progress
         self.folder = RunFolder.open(Path(recipe.output).expanduser())
         self.result = RunResult(self.folder.path)
-        self._read: dict[tuple[str, Split], PackedBlocks] = {}
         self._searched: tuple[Scores, Search] | None = None
 
     # -- what is asked, resolved ---------------------------------------------------------------------------------
@@ -286,7 +273,7 @@ class _Job:
     def _collect_grams(self, name: str, split: Split) -> GramsInMemory:
         return collect_grams(
             self.dense,
-            self._split_blocks(name, split),
+            self.texts.split(name, split),
             self.checkpoint.geometry,
             self.grams.kinds,
             batch_size=self.recipe.calibrate.batch_size,
@@ -313,7 +300,7 @@ class _Job:
     def _collect_gradients(self, name: str) -> GradientStatistics:
         return collect_gradients(
             self.dense,
-            self._calibration_blocks(name),
+            self.texts.split(name, "calibration"),
             self.checkpoint.geometry,
             self.gradients.kinds,
             max_tokens=self.gradients.max_tokens,
@@ -394,13 +381,13 @@ class _Job:
         """Read the text that is still to be calibrated on, and the test text, so that too little is said now."""
         for name in self.calibration_buckets:
             if not self._is_calibrated(name) or self.gradients.is_missing(name):
-                _ = self._calibration_blocks(name)
+                _ = self.texts.split(name, "calibration")
             for split in self.grams.missing(name):
-                _ = self._split_blocks(name, split)
+                _ = self.texts.split(name, split)
             if self.recipe.prune.reconstruct == "pruned" and name in self.pruning_buckets and until != "calibrate":
-                _ = self._split_blocks(name, "validation")
-        if until == "evaluate" and not self._is_evaluated("dense", None):
-            _ = self.test_blocks
+                _ = self.texts.split(name, "validation")
+        if until == "evaluate" and not self.evaluation.is_done("dense", self._evaluation_key("dense", None)):
+            _ = self.texts.test
 
     def _require_enough_text(self) -> None:
         """Refuse Gram matrices that would be singular; before the text is read, by the most that may be taken."""
@@ -423,8 +410,8 @@ class _Job:
         """Return the tokens of a bucket that are calibrated on; before it is read, the most that may be."""
         if name in self.result.statistics:
             return self.result.statistics[name].num_tokens
-        if (name, "calibration") in self._read:
-            return self._read[name, "calibration"].num_tokens
+        if self.texts.has(name, "calibration"):
+            return self.texts.split(name, "calibration").num_tokens
         if self._is_calibrated(name):
             return read_statistics(self._statistics_file(name))[0].num_tokens
         return self.recipe.calibrate.max_tokens
@@ -446,7 +433,7 @@ class _Job:
             return read_statistics(file)[0]
         self.folder.forget(stage)
         started = time.perf_counter()
-        blocks = self._calibration_blocks(name)
+        blocks = self.texts.split(name, "calibration")
         options: dict[str, Any] = {
             "batch_size": self.recipe.calibrate.batch_size,
             "progress": self.progress,
@@ -491,7 +478,7 @@ class _Job:
             return None
         if self.recipe.prune.reconstruct == "pruned":
             texts: dict[Split, list[PackedBlocks]] = {
-                split: [self._split_blocks(name, split) for name in self.pruning_buckets]
+                split: [self.texts.split(name, split) for name in self.pruning_buckets]
                 for split in ("calibration", "validation")
             }
             return fit_on_pruned_stream(
@@ -507,53 +494,18 @@ class _Job:
 
     # -- text ----------------------------------------------------------------------------------------------------
 
-    def _calibration_blocks(self, name: str) -> PackedBlocks:
-        return self._split_blocks(name, "calibration")
-
-    def _split_blocks(self, name: str, split: Split) -> PackedBlocks:
-        if (name, split) not in self._read:
-            self._read[name, split] = self._blocks(name, split)
-        return self._read[name, split]
-
-    def _max_tokens(self, split: Split) -> int | None:
-        """Return how many tokens of a split are taken at most."""
-        calibrate = self.recipe.calibrate
-        if split == "test":
-            return self.recipe.evaluate.max_tokens
-        if split == "calibration":
-            return calibrate.max_tokens
-        return judging_tokens(calibrate.max_tokens, calibrate.block_size)
-
-    def _blocks(self, name: str, split: Split, max_tokens: int | None = None) -> PackedBlocks:
-        exclude: Collection[int] = frozenset()
-        if split == "test":
-            exclude = self._calibrated_documents()
-        elif split == "validation":
-            exclude = self._calibration_documents(name)
-        with self.progress(f"read {name} text ({split})", None, "") as task:
-            blocks = load_split(
-                self.recipe.buckets()[name],
-                split,
-                self.tokenizer,
-                block_size=self.recipe.calibrate.block_size,
-                max_tokens=max_tokens or self._max_tokens(split),
-                exclude=exclude,
-                name=name,
-                keep_text=split != "calibration" and self.vocabulary is not None,
-            )
-            task.advance(1)
-        self._require_known_tokens(blocks)
-        return blocks
-
-    def _require_known_tokens(self, blocks: PackedBlocks) -> None:
-        """Refuse token ids that the model has no embedding for: the tokenizer is another model's."""
-        known = self.checkpoint.geometry.dimensions["vocab_size"]
-        largest = max(int(piece.ids.max()) for pieces in blocks.blocks for piece in pieces)
-        if largest >= known:
-            raise CheckpointError(
-                f"the tokenizer of {self.checkpoint.spec} gives token id {largest}, but the model knows {known:,} "
-                "tokens. They belong to different models; fetch both again."
-            )
+    @cached_property
+    def texts(self) -> Texts:
+        """The text of this run."""
+        return Texts(
+            self.recipe,
+            self.checkpoint,
+            lambda: self.tokenizer,
+            self._calibration_documents,
+            self._calibrated_documents,
+            self.vocabulary is not None,
+            self.progress,
+        )
 
     def _calibrated_documents(self) -> frozenset[int]:
         """Return the hashes of every document that is, or in this run will be, calibrated on or counted."""
@@ -569,7 +521,7 @@ class _Job:
             return set(self.result.statistics[name].documents.tolist())
         if self._is_calibrated(name):
             return set(read_statistics(self._statistics_file(name))[0].documents.tolist())
-        return set(self._calibration_blocks(name).documents.tolist())
+        return set(self.texts.split(name, "calibration").documents.tolist())
 
     def _merged(self) -> BucketStatistics:
         if self.recipe.prune.mix:
@@ -644,7 +596,7 @@ class _Job:
     def _meters(self, measure: Measure) -> Meters:
         """Return what measures candidates on the first calibration text of every bucket that decides."""
         prune, source = self.recipe.prune, LoadedLayers(self.dense, self.checkpoint.geometry)
-        texts = {name: self._blocks(name, "calibration", prune.search.tokens) for name in self.pruning_buckets}
+        texts = {name: self.texts.read(name, "calibration", prune.search.tokens) for name in self.pruning_buckets}
         sizes = {name: float(blocks.num_tokens) for name, blocks in texts.items()}
         meters = {name: OutputChange(source, blocks, measure=measure) for name, blocks in texts.items()}
         return Meters(meters, normalised(prune.mix or sizes))
@@ -771,7 +723,7 @@ class _Job:
     def _validation_score(self, name: str, model: Any, tokenizer: Any) -> TextScore:
         return evaluate_text(
             model,
-            self._resegmented(self._split_blocks(name, "validation"), tokenizer),
+            self.texts.resegmented(self.texts.split(name, "validation"), tokenizer),
             self.checkpoint.geometry.family,
             batch_size=self.recipe.evaluate.batch_size,
             progress=self.progress,
@@ -884,74 +836,35 @@ class _Job:
     # -- evaluation ----------------------------------------------------------------------------------------------
 
     @cached_property
-    def test_blocks(self) -> dict[str, PackedBlocks]:
-        return {name: self._blocks(name, "test") for name in self.recipe.buckets()}
+    def evaluation(self) -> EvaluationStage:
+        """The evaluation's part of the run."""
+        return EvaluationStage(
+            self.folder,
+            self.texts,
+            self.checkpoint.geometry.family,
+            self.recipe.evaluate.batch_size,
+            self.recipe.prune.seed,
+            self.progress,
+            self.result.reused,
+        )
 
     def evaluate(self) -> None:
-        plan, file = self._required_plan(), self._evaluation_file
-        before = _read_evaluation(file) if file.is_file() else None
-        earlier = before.models if before else {}
-        earlier_effect = before.vocabulary if before else {}
-        rows: dict[str, ModelScore] = {}
-        for name in ["dense", "pruned", *self.recipe.evaluate.controls]:
-            if name in earlier and self._is_evaluated(name, plan):
-                self.result.reused.append(f"evaluate:{name}")
-                rows[name] = earlier[name]
-            else:
-                started = time.perf_counter()
-                self.folder.forget(f"evaluate:{name}")
-                rows[name] = self._evaluate_model(name, plan)
-                partial = Evaluation({**earlier, **rows}, self.recipe.prune.seed, earlier_effect)
-                write_json(file, partial.to_dict())
-                self.folder.finish(f"evaluate:{name}", self._evaluation_key(name, plan), started)
-        evaluation = Evaluation(rows, self.recipe.prune.seed, self._vocabulary_effect(plan, rows, earlier_effect))
-        write_json(file, evaluation.to_dict())
+        plan, vocabulary = self._required_plan(), None
+        rows = {
+            "dense": Row(self._evaluation_key("dense", None), self._dense_candidate),
+            "pruned": Row(self._evaluation_key("pruned", plan), lambda: self._saved_candidate(plan)),
+        }
+        for name in self.recipe.evaluate.controls:
+            rows[name] = Row(self._evaluation_key(name, plan), partial(self._control_candidate, name, plan))
+        if plan.vocabulary is not None:
+            key = self._evaluation_key(VOCABULARY, plan)
+            vocabulary = SmallerVocabulary(
+                key, plan.vocabulary.keep, lambda: self._tokenizer_of(plan), lambda: self.dense
+            )
+        evaluation = self.evaluation.measure(rows, vocabulary)
         self.result.evaluation = evaluation
         self.result.summary = verdict(evaluation, list(self.recipe.domain), self._bounds)
         self._write_reports(plan, evaluation)
-
-    def _vocabulary_effect(
-        self, plan: Plan, rows: Mapping[str, ModelScore], earlier: Mapping[str, VocabularyEffect]
-    ) -> Mapping[str, VocabularyEffect]:
-        """Measure what the smaller vocabulary alone does to the dense model, or take it from an earlier run."""
-        if plan.vocabulary is None:
-            return {}
-        if set(earlier) == set(rows["dense"].text) and self._is_evaluated("vocabulary", plan):
-            self.result.reused.append("evaluate:vocabulary")
-            return earlier
-        started = time.perf_counter()
-        self.folder.forget("evaluate:vocabulary")
-        keep, tokenizer = torch.tensor(plan.vocabulary.keep), self._tokenizer_of(plan)
-        effect = {name: self._effect_on(name, keep, tokenizer) for name in self.test_blocks}
-        write_json(self._evaluation_file, Evaluation(rows, self.recipe.prune.seed, effect).to_dict())
-        self.folder.finish("evaluate:vocabulary", self._evaluation_key("vocabulary", plan), started)
-        return effect
-
-    def _effect_on(self, name: str, keep: torch.Tensor, tokenizer: Any) -> VocabularyEffect:
-        before = self.test_blocks[name]
-        after = self._resegmented(before, tokenizer)
-        resegmented, restricted = evaluate_resegmented(
-            self.dense,
-            after,
-            self.checkpoint.geometry.family,
-            keep,
-            batch_size=self.recipe.evaluate.batch_size,
-            num_excluded=before.num_excluded,
-            progress=self.progress,
-            label=f"evaluate the vocabulary on {name}",
-        )
-        return VocabularyEffect(resegmented, restricted, **asdict(segmentation_change(before, after, keep)))
-
-    def _resegmented(self, blocks: PackedBlocks, tokenizer: Any) -> PackedBlocks:
-        limit = self.checkpoint.geometry.dimensions.get("num_positions")
-        return blocks if tokenizer is self.tokenizer else resegment(blocks, tokenizer, max_block_size=limit)
-
-    @property
-    def _evaluation_file(self) -> Path:
-        return self.folder.path / "evaluation.json"
-
-    def _is_evaluated(self, name: str, plan: Plan | None) -> bool:
-        return self.folder.is_done(f"evaluate:{name}", self._evaluation_key(name, plan), self._evaluation_file)
 
     def _evaluation_key(self, name: str, plan: Plan | None) -> str:
         """Return the key of a row; the dense model's does not depend on the plan."""
@@ -963,19 +876,21 @@ class _Job:
             cut = [plan.to_dict(), self.recipe.prune.model_dump(), self._reconstruction_key()]
         return digest(text, cut, sorted(self._calibrated_documents()))
 
-    def _evaluate_model(self, name: str, plan: Plan) -> ModelScore:
-        if name == "dense":
-            return self._measure(name, self.dense, self.checkpoint.size_bytes, self.tokenizer)
-        if name == "pruned":
-            assert self.result.model_folder is not None, "shrink() comes first"
-            saved = resolve_model(str(self.result.model_folder))
-            model = load_model(saved, device=self.recipe.device, dtype=self.recipe.dtype)
-            tokenizer = self.tokenizer if plan.vocabulary is None else load_tokenizer(saved)
-            return self._measure(name, model, weight_bytes(self.result.model_folder), tokenizer)
+    def _dense_candidate(self) -> Candidate:
+        return Candidate(self.dense, self.checkpoint.size_bytes, self.tokenizer)
+
+    def _saved_candidate(self, plan: Plan) -> Candidate:
+        assert self.result.model_folder is not None, "shrink() comes first"
+        saved = resolve_model(str(self.result.model_folder))
+        model = load_model(saved, device=self.recipe.device, dtype=self.recipe.dtype)
+        tokenizer = self.tokenizer if plan.vocabulary is None else load_tokenizer(saved)
+        return Candidate(model, weight_bytes(self.result.model_folder), tokenizer)
+
+    def _control_candidate(self, name: str, plan: Plan) -> Candidate:
         control = self._control_plan(name, plan)
         model = self._pruned(control, None, self._reconstructor(control))
         size = memory_bytes(model) // model.dtype.itemsize * self.checkpoint.dtype.itemsize
-        return self._measure(name, model, size, self._tokenizer_of(control))
+        return Candidate(model, size, self._tokenizer_of(control))
 
     def _control_plan(self, name: str, plan: Plan) -> Plan:
         """Keep as many units per layer as the plan does, but others: drawn at random, or the plan's own worst."""
@@ -1001,21 +916,6 @@ class _Job:
         else:
             scores = self._score(name, merged, {}, name, {})
         return self._with_constants(same_size_plan(plan, scores, self.checkpoint.geometry, vocabulary), merged)
-
-    def _measure(self, name: str, model: Any, size_bytes: int, tokenizer: Any) -> ModelScore:
-        text: dict[str, TextScore] = {}
-        for bucket, blocks in self.test_blocks.items():
-            text[bucket] = evaluate_text(
-                model,
-                self._resegmented(blocks, tokenizer),
-                self.checkpoint.geometry.family,
-                batch_size=self.recipe.evaluate.batch_size,
-                num_excluded=blocks.num_excluded,
-                progress=self.progress,
-                label=f"evaluate {name} on {bucket}",
-            )
-        geometry = build_geometry(self.checkpoint.geometry.family, model.config.to_dict())
-        return ModelScore(name, model_parameters(model, geometry), size_bytes, text)
 
     # -- words ---------------------------------------------------------------------------------------------------
 
