@@ -70,6 +70,8 @@ def parse_character_range(text: str) -> tuple[int, int]:
     return first, last
 
 
+_NAME = r"[A-Za-z0-9][A-Za-z0-9_.-]*"
+
 Ratio = Annotated[float, Field(gt=0.0, lt=1.0)]
 Weight = Annotated[float, Field(gt=0.0, allow_inf_nan=False)]
 
@@ -383,12 +385,156 @@ class PruneSpec(_Record):
         return VocabularySpec() if self.units is not None and "vocabulary" in self.units else None
 
 
+class LoraSpec(_Record):
+    """Low-rank adapters that are trained in the place of the weights, and merged into them at the end."""
+
+    rank: Annotated[int, Field(ge=1)] = 16
+    alpha: Annotated[float, Field(gt=0.0)] = 32.0
+    dropout: Annotated[float, Field(ge=0.0, lt=1.0)] = 0.0
+    targets: Annotated[list[str], Field(min_length=1)] | Literal["all-linear"] = "all-linear"
+
+
+class DistillSpec(_Record):
+    """What the pruned model learns from the dense one: its probabilities, and optionally the text and its stream.
+
+    The teacher is the dense model as it came, or the baseline that was trained on the same text.
+    """
+
+    teacher: Literal["dense", "dense_finetuned"] = "dense"
+    temperature: Annotated[float, Field(gt=0.0, allow_inf_nan=False)] = 1.0
+    logits_weight: Annotated[float, Field(ge=0.0, allow_inf_nan=False)] = 1.0
+    text_weight: Annotated[float, Field(ge=0.0, allow_inf_nan=False)] = 0.0
+    hidden_weight: Annotated[float, Field(ge=0.0, allow_inf_nan=False)] = 0.0
+    cached_logits: Annotated[int, Field(ge=1)] | None = None
+
+    @model_validator(mode="after")
+    def _something_to_learn(self) -> DistillSpec:
+        if not (self.logits_weight or self.text_weight or self.hidden_weight):
+            raise ValueError("logits_weight, text_weight and hidden_weight are all 0, so nothing would be learned")
+        if self.cached_logits and self.hidden_weight:
+            raise ValueError("cached_logits keeps the teacher's logits only; set hidden_weight: 0, or leave it out")
+        return self
+
+
+class SelectSpec(_Record):
+    """Which of the domain's documents are trained on, where there are more than ``recover.max_tokens``."""
+
+    method: Literal["random", "prototypes", "density"] = "random"
+    clusters: Annotated[int, Field(ge=2)] = 16
+    keep: Literal["near", "far"] = "near"
+    pool: Annotated[float, Field(gt=1.0)] = 4.0
+    near_duplicates: Annotated[float, Field(gt=0.0, lt=1.0)] | None = None
+
+
+class ResponsesSpec(_Record):
+    """Train on what the dense model itself answers to the domain's prompts."""
+
+    prompt: str
+    chat: bool = False
+    max_new_tokens: Annotated[int, Field(ge=1)] = 128
+    temperature: Annotated[float, Field(ge=0.0, allow_inf_nan=False)] = 0.0
+    batch_size: Annotated[int, Field(ge=1)] = 8
+
+
+class RecoverSpec(_Record):
+    """Short training of the pruned model, and what it is compared with."""
+
+    method: Literal["distill", "finetune"] = "distill"
+    distill: DistillSpec = DistillSpec()
+    lora: LoraSpec | None = None
+    max_tokens: Annotated[int, Field(gt=0)] | None = 131_072
+    epochs: Annotated[float, Field(gt=0.0, allow_inf_nan=False)] = 1.0
+    until: Literal["end", "dense", "dense_finetuned"] = "end"
+    patience: Annotated[int, Field(ge=1)] | None = 3
+    learning_rate: Annotated[float, Field(gt=0.0, lt=1.0)] | None = None
+    schedule: Literal["cosine", "linear", "constant"] = "cosine"
+    warmup_ratio: Annotated[float, Field(ge=0.0, lt=1.0)] = 0.05
+    weight_decay: Annotated[float, Field(ge=0.0)] = 0.0
+    max_grad_norm: Annotated[float, Field(gt=0.0)] = 1.0
+    batch_size: Annotated[int, Field(ge=1)] = 4
+    accumulation: Annotated[int, Field(ge=1)] = 1
+    gradient_checkpointing: bool = False
+    precision: Literal["auto", "float32", "bfloat16", "float16"] = "auto"
+    replay: Annotated[float, Field(ge=0.0, lt=1.0)] = 0.0
+    select: SelectSpec = SelectSpec()
+    responses: ResponsesSpec | None = None
+    rounds: Annotated[int, Field(ge=1)] = 1
+    baselines: list[Literal["dense", "random"]] = ["dense", "random"]
+    evaluations: Annotated[int, Field(ge=1)] = 8
+    evaluation_tokens: Annotated[int, Field(gt=0)] = 4096
+    evaluation_questions: Annotated[int, Field(ge=0)] = 50
+    report_to: list[str] = []
+    seed: int = 0
+
+    @property
+    def needs_finetuned(self) -> bool:
+        """Whether the dense model has to be fine-tuned before the pruned one is trained."""
+        taught = self.method == "distill" and self.distill.teacher == "dense_finetuned"
+        return taught or self.until == "dense_finetuned"
+
+    @model_validator(mode="before")
+    @classmethod
+    def _lora_by_name(cls, data: object) -> object:
+        """``lora: true`` takes the defaults, ``lora: false`` is none."""
+        if isinstance(data, Mapping) and isinstance(data.get("lora"), bool):
+            return {**data, "lora": {} if data["lora"] else None}
+        return data
+
+    @model_validator(mode="after")
+    def _options_fit(self) -> RecoverSpec:
+        if self.method == "finetune" and "distill" in self.model_fields_set:
+            raise ValueError("there is a distill section but method is finetune; set method: distill, or remove it")
+        if self.needs_finetuned and "dense" not in self.baselines:
+            key = "until" if self.until == "dense_finetuned" else "distill.teacher"
+            raise ValueError(f"{key}: dense_finetuned needs the dense model fine-tuned; add dense to baselines")
+        if self.rounds > 1 and self.distill.teacher == "dense_finetuned":
+            raise ValueError("distill.teacher: dense_finetuned is for one round; set rounds: 1, or teacher: dense")
+        return self
+
+
+class ChoicesSpec(_Record):
+    """A set of multiple-choice questions: where it is, and how a record becomes a prompt and its choices."""
+
+    path: str | list[str]
+    question: str = "{question}"
+    choices: str | Annotated[list[str], Field(min_length=2)] = "choices"
+    answer: str = "answer"
+    style: Literal["text", "letter"] = "text"
+    prompt: str | None = None
+    max_items: Annotated[int, Field(gt=0)] | None = 1000
+    seed: int = 0
+    encoding: str = "utf-8"
+    errors: Literal["strict", "replace", "ignore"] = "strict"
+
+    @model_validator(mode="after")
+    def _letters_are_explained(self) -> ChoicesSpec:
+        if self.style == "letter" and self.prompt is not None and "{choices}" not in self.prompt:
+            raise ValueError("style letter scores A, B, C ..., but the prompt does not list them; put {choices} in it")
+        return self
+
+
 class EvaluateSpec(_Record):
-    """On how much held-out text the models are compared, and against which controls."""
+    """On how much held-out text the models are compared, on which questions, and against which controls."""
 
     max_tokens: Annotated[int, Field(gt=0)] | None = 16_384
     batch_size: Annotated[int, Field(ge=1)] = 4
     controls: list[Literal["random", "reversed"]] = ["random"]
+    choices: dict[str, ChoicesSpec] = {}
+
+    @field_validator("choices", mode="before")
+    @classmethod
+    def _short_form(cls, value: object) -> object:
+        if isinstance(value, Mapping):
+            return {name: _corpus_short_form(spec) for name, spec in value.items()}
+        return value
+
+    @field_validator("choices")
+    @classmethod
+    def _set_names(cls, value: dict[str, ChoicesSpec]) -> dict[str, ChoicesSpec]:
+        for name in value:
+            if not re.fullmatch(_NAME, name):
+                raise ValueError(f"name {name!r} of a set of questions must be letters, digits, '_', '-' or '.'")
+        return value
 
 
 class Recipe(_Record):
@@ -399,6 +545,7 @@ class Recipe(_Record):
     general: CorpusSpec | None = None
     calibrate: CalibrateSpec = CalibrateSpec()
     prune: PruneSpec = PruneSpec()
+    recover: RecoverSpec | None = None
     evaluate: EvaluateSpec = EvaluateSpec()
     export: list[Literal["huggingface"]] = ["huggingface"]
     output: str = "runs/run"
@@ -424,9 +571,15 @@ class Recipe(_Record):
         for name in value:
             if name == "general":
                 raise ValueError("a domain bucket cannot be called 'general'; that is the name of the general bucket")
-            if not re.fullmatch(r"[A-Za-z0-9][A-Za-z0-9_.-]*", name):
+            if not re.fullmatch(_NAME, name):
                 raise ValueError(f"bucket name {name!r} must be letters, digits, '_', '-' or '.'")
         return value
+
+    @model_validator(mode="after")
+    def _replay_has_text(self) -> Recipe:
+        if self.recover is not None and self.recover.replay and self.general is None:
+            raise ValueError("recover.replay trains on general text too; add general, which is missing")
+        return self
 
     @model_validator(mode="after")
     def _general_bound_has_text(self) -> Recipe:
@@ -578,7 +731,13 @@ _SECTIONS: dict[str, type[BaseModel]] = {
     "prune": PruneSpec,
     "budget": Budget,
     "vocabulary": VocabularySpec,
+    "recover": RecoverSpec,
+    "lora": LoraSpec,
+    "distill": DistillSpec,
+    "select": SelectSpec,
+    "responses": ResponsesSpec,
     "evaluate": EvaluateSpec,
+    "choices": ChoicesSpec,
     "splits": SplitRatios,
 }
 

@@ -13,6 +13,7 @@ from secateur.errors import ConfigError
 from secateur.recipe import (
     THRESHOLD_PRESETS,
     Budget,
+    ChoicesSpec,
     CorpusSpec,
     PruneSpec,
     Recipe,
@@ -63,6 +64,17 @@ def test_a_recipe_is_frozen() -> None:
         recipe().output = "elsewhere"  # type: ignore[misc]
 
 
+def test_questions_in_short_form_are_a_path() -> None:
+    """The rest has the documented defaults, and survives YAML."""
+    done = recipe(evaluate={"choices": {"exam": "a.jsonl", "mmlu": {"path": ["b.csv"], "choices": ["x", "y"]}}})
+    assert done.evaluate.choices["exam"] == ChoicesSpec(path="a.jsonl")
+    spec = ChoicesSpec(path="a")
+    assert (spec.question, spec.choices, spec.answer, spec.prompt) == ("{question}", "choices", "answer", None)
+    assert (spec.style, spec.max_items, spec.seed) == ("text", 1000, 0)
+    assert parse_recipe(yaml.safe_load(done.to_yaml())) == done
+    assert recipe().evaluate.choices == {}
+
+
 def test_short_forms_are_paths() -> None:
     """A corpus that is only a string or a list means its path, for domains and for the general bucket."""
     done = recipe(domain={"a": "a.txt", "b": ["b.txt", "c.txt"]}, general="g.txt")
@@ -104,6 +116,7 @@ def test_missing_keys_are_all_named_at_once() -> None:
         ({"domain": {"medical": {"pth": "a"}}}, "domain.medical.pth", "path", "model"),
         ({"domain": {"x": {"path": "a", "splits": {"tset": 1}}}}, "domain.x.splits.tset", "test", "path"),
         ({"domain": {"prune": {"pth": "a"}}}, "domain.prune.pth", "path", "method"),
+        ({"evaluate": {"choices": {"exam": {"pth": "a"}}}}, "evaluate.choices.exam.pth", "path", "method"),
     ],
 )
 def test_unknown_keys_are_refused_with_the_nearest_one(
@@ -223,6 +236,12 @@ def test_unknown_keys_are_refused_with_the_nearest_one(
         (
             {"prune": {"units": ["vocabulary"], "budget": {"bytes": 9}, "vocabulary": {"size": 9}}},
             "both the budget and the rule under vocabulary say how many token ids stay",
+        ),
+        ({"evaluate": {"choices": {"a/b": "q.jsonl"}}}, "evaluate.choices: name 'a/b' of a set of questions must be"),
+        ({"evaluate": {"choices": {"a": {}}}}, "evaluate.choices.a.path: field required"),
+        (
+            {"evaluate": {"choices": {"a": {"path": "q", "style": "letter", "prompt": "{question}"}}}},
+            "evaluate.choices.a: style letter scores A, B, C ..., but the prompt does not list them",
         ),
         ({"evaluate": {"controls": ["worst"]}}, "evaluate.controls.0: input should be 'random' or 'reversed'"),
         ({"export": ["onnx"]}, "export.0: input should be 'huggingface'"),

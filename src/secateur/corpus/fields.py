@@ -31,13 +31,19 @@ class Template:
         """The fields it names, in order of appearance."""
         return tuple(field for _, field in self.parts if field is not None)
 
+    @property
+    def literal(self) -> str:
+        """The text between the fields, which is what a record without values leaves."""
+        return "".join(literal for literal, _ in self.parts)
 
-def parse_template(text: str) -> Template:
+
+def parse_template(text: str, key: str = "text") -> Template:
     """Return the template in ``text``: ``"Question: {question}"``, or the bare name of one field.
 
     Args:
         text: field names stand in braces and may be dotted to reach into nested objects; ``{{`` and ``}}`` are
             literal braces. Text without any brace is the name of a field.
+        key: the recipe's key for it, for messages.
 
     Raises:
         CorpusError: a brace is not closed, a field is empty, numbered or indexed, a field has a conversion or a
@@ -45,23 +51,23 @@ def parse_template(text: str) -> Template:
     """
     if "{" not in text and "}" not in text:
         if not text.strip():
-            raise CorpusError("text: is empty. Name a field, or write a template such as 'Question: {question}'.")
+            raise CorpusError(f"{key}: is empty. Name a field, or write a template such as 'Question: {{question}}'.")
         return Template((("", text),))
     try:
         pieces = list(Formatter().parse(text))
     except ValueError as error:
         raise CorpusError(
-            f"text: {text!r} is not a template: {error}. Write fields as {{name}} and literal braces as {{{{ and }}}}."
+            f"{key}: {text!r} is not a template: {error}. Write fields as {{name}} and literal braces as {{{{ and }}}}."
         ) from None
     for _, field, format_spec, conversion in pieces:
         if field is not None and (not _is_plain(field) or format_spec or conversion):
             raise CorpusError(
-                f"text: {text!r} has a field that is not a plain name (found {field!r}). Write {{name}} or "
+                f"{key}: {text!r} has a field that is not a plain name (found {field!r}). Write {{name}} or "
                 "{outer.inner}: no numbers, no [index], no '!r', no ':format'."
             )
     template = Template(tuple((literal, field) for literal, field, _, _ in pieces))
     if not template.fields:
-        raise CorpusError(f"text: {text!r} names no field. Put at least one in braces, for example {{abstract}}.")
+        raise CorpusError(f"{key}: {text!r} names no field. Put at least one in braces, for example {{abstract}}.")
     return template
 
 
@@ -71,7 +77,7 @@ def _is_plain(field: str) -> bool:
     )
 
 
-def render(row: object, template: Template | None, where: str) -> str:
+def render(row: object, template: Template | None, where: str, key: str = "text") -> str:
     """Return the document in a row.
 
     Args:
@@ -79,6 +85,7 @@ def render(row: object, template: Template | None, where: str) -> str:
         template: which fields, and the text between them. Without one the ``text`` field is the document, or else
             the only field that holds a string.
         where: file and row, for messages.
+        key: the recipe's key for the template, for messages.
 
     Raises:
         CorpusError: the row is neither an object nor a string, it lacks a field, no single field is the text, or a
@@ -87,8 +94,8 @@ def render(row: object, template: Template | None, where: str) -> str:
     if isinstance(row, str):
         if template is not None:
             raise CorpusError(
-                f"{where} is a string without fields, but text: asks for {_listed(template.fields)}. Remove text:, or "
-                "give records."
+                f"{where} is a string without fields, but {key}: asks for {_listed(template.fields)}. Remove {key}:, "
+                "or give records."
             )
         return row
     if not isinstance(row, Mapping):
@@ -96,7 +103,9 @@ def render(row: object, template: Template | None, where: str) -> str:
     if template is None:
         field = _only_text_field(row, where)
         return "" if field is None else _as_text(row[field], field, where)
-    return "".join(literal + (_field_text(row, field, where) if field else "") for literal, field in template.parts)
+    return "".join(
+        literal + (_field_text(row, field, where, key) if field else "") for literal, field in template.parts
+    )
 
 
 def has_fields(record: Mapping[str, Any], template: Template | None) -> bool:
@@ -105,14 +114,29 @@ def has_fields(record: Mapping[str, Any], template: Template | None) -> bool:
     return all(_look_up(record, field) is not _MISSING for field in fields)
 
 
-def _field_text(record: Mapping[str, Any], field: str, where: str) -> str:
+def _field_text(record: Mapping[str, Any], field: str, where: str, key: str) -> str:
+    return _as_text(field_value(record, field, where, key), field, where)
+
+
+def field_value(record: Mapping[str, Any], field: str, where: str, key: str) -> Any:
+    """Return what a record holds in a field, which may be dotted; None inside a null object.
+
+    Args:
+        record: fields by name.
+        field: the one wanted.
+        where: file and row, for messages.
+        key: the recipe's key that asks for it, for messages.
+
+    Raises:
+        CorpusError: there is no such field; the nearest name is suggested.
+    """
     value = _look_up(record, field)
     if value is _MISSING:
         known = list(_field_names(record))
         near = difflib.get_close_matches(field, known, n=1)
         hint = f" Did you mean {near[0]!r}?" if near else ""
-        raise CorpusError(f"{where} has no field {field!r}.{hint} Fields there: {_listed(known)}. Correct text:.")
-    return _as_text(value, field, where)
+        raise CorpusError(f"{where} has no field {field!r}.{hint} Fields there: {_listed(known)}. Correct {key}:.")
+    return value
 
 
 def _look_up(record: Mapping[str, Any], field: str) -> Any:

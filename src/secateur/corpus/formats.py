@@ -46,11 +46,13 @@ class ReadOptions:
         encoding: name of a text encoding; a byte order mark is stripped.
         errors: what happens to bytes that are not text in that encoding.
         template: the fields that are wanted; lets Parquet read only those columns.
+        also: further fields that are wanted beside them.
     """
 
     encoding: str = "utf-8"
     errors: Literal["strict", "replace", "ignore"] = "strict"
     template: Template | None = None
+    also: Template | None = None
 
 
 def read_rows(path: Path, options: ReadOptions) -> Iterator[Row]:
@@ -206,7 +208,7 @@ def _read_parquet(path: Path, options: ReadOptions) -> Iterator[Row]:
     try:
         with _random_access(path) as stream:
             file = pyarrow.parquet.ParquetFile(stream)
-            columns = _wanted_columns(file.schema_arrow.names, options.template)
+            columns = _wanted_columns(file.schema_arrow.names, options)
             number = 0
             for batch in file.iter_batches(batch_size=_PARQUET_ROWS, columns=columns):
                 for row in batch.to_pylist():
@@ -232,9 +234,10 @@ def _random_access(path: Path) -> Iterator[IO[bytes]]:
         yield unpacked
 
 
-def _wanted_columns(names: list[str], template: Template | None) -> list[str] | None:
+def _wanted_columns(names: list[str], options: ReadOptions) -> list[str] | None:
     """Return the columns to read; None for all, also when one is missing, so that the message can list them."""
-    fields = template.fields if template else (TEXT_FIELD,)
+    fields = options.template.fields if options.template else (TEXT_FIELD,)
+    fields += options.also.fields if options.also else ()
     columns = [field if field in names else field.split(".")[0] for field in fields]
     return sorted(set(columns)) if set(columns) <= set(names) else None
 

@@ -1,8 +1,8 @@
-"""A corpus spec to its documents, streamed from files or from a hub data set; it neither splits nor tokenizes."""
+"""A corpus spec to its documents or prompts, streamed from files or a hub data set; it neither splits nor tokenizes."""
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Literal
 
@@ -13,6 +13,9 @@ from secateur.corpus.split import SPLITS, Split
 from secateur.errors import CorpusError, UnavailableError
 from secateur.recipe import CorpusSpec, SplitRatios
 from secateur.registry import unknown_name
+
+PROMPT_KEY = "recover.responses.prompt"
+"""The recipe's key for the template of prompts, for messages."""
 
 
 def read_documents(spec: CorpusSpec, split: str | None = None) -> Iterator[str]:
@@ -33,6 +36,52 @@ def read_documents(spec: CorpusSpec, split: str | None = None) -> Iterator[str]:
         return
     for path in _spec_files(spec, split):
         yield from _file_documents(path, template, spec)
+
+
+def read_prompts(spec: CorpusSpec, prompt: str, split: str | None = None) -> Iterator[tuple[str, str]]:
+    """Yield each document of ``read_documents``, and beside it the same record under another template.
+
+    Records whose fields all come out blank under that other template are passed over too.
+
+    Args:
+        spec: where the text is, and how a record becomes a document.
+        prompt: how a record becomes a prompt: a template such as ``"Question: {question}"``, or the name of a field.
+        split: as in ``read_documents``.
+
+    Raises:
+        CorpusError: as in ``read_documents``, or the corpus is plain text, whose documents have no fields.
+        UnavailableError: a hub data set could not be had.
+    """
+    document_template, template = _checked_template(spec), parse_template(prompt, PROMPT_KEY)
+    for where, row in _rows(spec, split, document_template, template):
+        if not isinstance(row, Mapping):
+            raise CorpusError(
+                f"{where} has no fields, and {PROMPT_KEY}: asks for {', '.join(template.fields)}. Prompts are made "
+                "from records: give .jsonl, .json, .csv or .parquet files, or leave recover.responses out."
+            )
+        document = encodable(render(row, document_template, where), spec.errors, where)
+        text = encodable(render(row, template, where, PROMPT_KEY), spec.errors, where)
+        if document.strip() and text.split() != template.literal.split():
+            yield document, text
+
+
+def check_prompts(spec: CorpusSpec, prompt: str) -> None:
+    """Refuse a corpus whose records give no prompts, before anything expensive starts; it looks at the first one.
+
+    Raises:
+        CorpusError: as in ``read_prompts``.
+        UnavailableError: a hub data set could not be had.
+    """
+    for split in explicit_splits(spec) or (None,):
+        next(read_prompts(spec, prompt, split), None)
+
+
+def _rows(spec: CorpusSpec, split: str | None, template: Template | None, also: Template) -> Iterator[Row]:
+    if spec.dataset is not None:
+        yield from _dataset_rows(spec, spec.dataset)
+        return
+    for path in _spec_files(spec, split):
+        yield from read_rows(path, ReadOptions(spec.encoding, spec.errors, template, also))
 
 
 def check_sources(spec: CorpusSpec) -> None:

@@ -1,4 +1,4 @@
-"""What was measured: perplexity with its standard error, size and speed; plain numbers, imports without torch."""
+"""What was measured: loss, answers, size and speed, with standard errors; plain numbers, imports without torch."""
 
 from __future__ import annotations
 
@@ -7,7 +7,9 @@ from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass, field
 from typing import Any
 
-SCHEMA_VERSION = 2
+from secateur.records.choices import ChoicesScore
+
+SCHEMA_VERSION = 3
 
 
 @dataclass(frozen=True, slots=True)
@@ -61,12 +63,14 @@ class ModelScore:
         parameters: by part; a tied head counts once.
         size_bytes: bytes of the weight files on disk (or of the weights in memory for a control never saved).
         text: per bucket, the text score.
+        choices: per set of multiple-choice questions, how they were answered; empty where none were asked.
     """
 
     name: str
     parameters: Mapping[str, int]
     size_bytes: int
     text: Mapping[str, TextScore]
+    choices: Mapping[str, ChoicesScore] = field(default_factory=dict)
 
     @property
     def total_parameters(self) -> int:
@@ -80,7 +84,7 @@ CONFIDENCE_95 = 1.645
 
 @dataclass(frozen=True, slots=True)
 class PairedDifference:
-    """Difference of two models' losses on the same documents, first minus second; whoever made it says in what unit."""
+    """Difference of two models on the same documents or questions, first minus second; its maker says in what unit."""
 
     mean: float
     stderr: float
@@ -165,7 +169,8 @@ class Evaluation:
         models = {}
         for name, model in data["models"].items():
             text = {bucket: _text_score(score) for bucket, score in model["text"].items()}
-            models[name] = ModelScore(**{**model, "text": text})
+            choices = {asked: ChoicesScore.from_dict(score) for asked, score in model["choices"].items()}
+            models[name] = ModelScore(**{**model, "text": text, "choices": choices})
         vocabulary = {}
         for bucket, effect in data["vocabulary"].items():
             scores = {name: _text_score(effect[name]) for name in ("resegmented", "restricted")}
@@ -219,6 +224,44 @@ def relative_rise(first: TextScore, second: TextScore) -> PairedDifference:
         ValueError: the scores come from different text.
     """
     return _paired(_nll_differences(first, second), second.document_nll)
+
+
+def paired_accuracy(first: ChoicesScore, second: ChoicesScore, *, norm: bool = False) -> PairedDifference:
+    """Return the difference of two models' shares of right answers, with the standard error of that difference.
+
+    Only questions that one model answers and the other does not count for it, so it is much smaller than the two
+    scores' own errors suggest.
+
+    Args:
+        first: one model's score.
+        second: the reference's, usually the dense model's.
+        norm: compares ``acc_norm`` in the place of ``acc``.
+
+    Raises:
+        ValueError: the scores come from different questions.
+    """
+    name = "item_correct_norm" if norm else "item_correct"
+    return _paired_items(first, second, getattr(first, name), getattr(second, name))
+
+
+def paired_margin(first: ChoicesScore, second: ChoicesScore) -> PairedDifference:
+    """Return the difference of two models' mean margins in nats, with its standard error, on the same questions.
+
+    Raises:
+        ValueError: the scores come from different questions.
+    """
+    return _paired_items(first, second, first.item_margin, second.item_margin)
+
+
+def _paired_items(
+    first: ChoicesScore,
+    second: ChoicesScore,
+    left: Sequence[bool] | Sequence[float],
+    right: Sequence[bool] | Sequence[float],
+) -> PairedDifference:
+    if first.fingerprint != second.fingerprint or len(left) != len(right):
+        raise ValueError("paired comparison needs the same questions for both models")
+    return _paired([float(a) - float(b) for a, b in zip(left, right, strict=True)], [1] * len(left))
 
 
 def _nll_differences(first: TextScore, second: TextScore) -> list[float]:

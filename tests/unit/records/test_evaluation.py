@@ -10,14 +10,17 @@ from typing import Any
 import numpy as np
 import pytest
 
+from secateur.records.choices import ChoicesScore
 from secateur.records.evaluation import (
     Evaluation,
     ModelScore,
     SegmentationChange,
     TextScore,
     VocabularyEffect,
+    paired_accuracy,
     paired_bits_per_byte,
     paired_difference,
+    paired_margin,
     ratio_estimate,
 )
 
@@ -49,6 +52,28 @@ def evaluation(**changes: Any) -> Evaluation:
         for name in ("dense", "pruned")
     }
     return Evaluation(models=models, seed=3)
+
+
+def choices_score(*correct: bool, **changes: Any) -> ChoicesScore:
+    """Return a made-up score of questions that were answered like this."""
+    correct = correct or (True, False, True, True)
+    fields: dict[str, Any] = {
+        "acc": sum(correct) / len(correct),
+        "acc_stderr": 0.25,
+        "acc_norm": 0.5,
+        "acc_norm_stderr": 0.3,
+        "margin": 0.5,
+        "margin_stderr": math.inf,
+        "chance": 0.25,
+        "num_items": len(correct),
+        "num_truncated": 1,
+        "fingerprint": "questions",
+        "tokens_per_s": 1000.0,
+        "item_correct": correct,
+        "item_correct_norm": correct[::-1],
+        "item_margin": tuple(1.5 if right else -2.5 for right in correct),
+    }
+    return ChoicesScore(**{**fields, **changes})
 
 
 def vocabulary_effect(**changes: Any) -> VocabularyEffect:
@@ -87,6 +112,20 @@ def test_an_evaluation_survives_plain_data_and_json(changes: dict[str, Any]) -> 
         assert Evaluation.from_dict(json.loads(json.dumps(record.to_dict()))) == record
 
 
+def test_answers_survive_plain_data_and_json() -> None:
+    """Per set and per question; a model that was asked nothing has none."""
+    record = evaluation()
+    models = {name: replace(model, choices={"quiz": choices_score()}) for name, model in record.models.items()}
+    asked = replace(record, models=models)
+    assert Evaluation.from_dict(json.loads(json.dumps(asked.to_dict()))) == asked
+    assert record.to_dict()["models"]["dense"]["choices"] == {}
+    for field in ("item_correct", "acc"):
+        data = asked.to_dict()
+        del data["models"]["dense"]["choices"]["quiz"][field]
+        with pytest.raises((KeyError, TypeError), match=field):
+            Evaluation.from_dict(data)
+
+
 def test_the_vocabulary_stayed_whole_unless_it_is_said() -> None:
     """An evaluation without a smaller vocabulary has no effect of one, and says so in its file."""
     record = evaluation()
@@ -94,11 +133,11 @@ def test_the_vocabulary_stayed_whole_unless_it_is_said() -> None:
     assert record.to_dict()["vocabulary"] == {}
 
 
-@pytest.mark.parametrize("version", [None, 1, 3, "2"])
+@pytest.mark.parametrize("version", [None, 2, 4, "3"])
 def test_an_evaluation_of_another_version_is_not_read(version: object) -> None:
     """Fields may mean something else there; what reads the file says that it can be made again."""
     data = {**evaluation().to_dict(), "schema_version": version}
-    with pytest.raises(TypeError, match=r"schema version .*, and this secateur reads 2"):
+    with pytest.raises(TypeError, match=r"schema version .*, and this secateur reads 3"):
         Evaluation.from_dict(data)
 
 
@@ -229,3 +268,34 @@ def test_scores_from_before_there_were_bytes_are_compared_by_their_tokens() -> N
         paired_bits_per_byte(text_score(), old)
     with pytest.raises(ValueError, match="needs the bytes of each document"):
         paired_bits_per_byte(old, old)
+
+
+def test_accuracies_are_compared_question_by_question() -> None:
+    """The mean of the differences and its textbook error; opposite when turned round; none for the same answers."""
+    first, second = choices_score(True, True, False, True, True), choices_score(True, False, True, False, True)
+    deltas = np.array([0, 1, -1, 1, 0])
+    difference = paired_accuracy(first, second)
+    assert difference.mean == pytest.approx(deltas.mean())
+    assert difference.stderr == pytest.approx(deltas.std(ddof=1) / math.sqrt(5))
+    assert paired_accuracy(second, first).mean == pytest.approx(-deltas.mean())
+    same = paired_accuracy(first, first)
+    assert (same.mean, same.stderr) == (0.0, 0.0)
+
+
+def test_each_measure_is_compared_by_its_own_items() -> None:
+    """``acc_norm`` by whether it counts a question, and margins in nats."""
+    first, second = choices_score(True, True, False), choices_score(False, True, False)
+    third = choices_score(False, True, False, item_correct_norm=(True, True, True))
+    assert paired_accuracy(first, third, norm=True).mean == pytest.approx(-1 / 3)
+    assert paired_accuracy(first, second).mean == pytest.approx(1 / 3)
+    difference = paired_margin(first, second)
+    assert difference.mean == pytest.approx(4 / 3)
+    assert difference.stderr == pytest.approx(4 / 3)
+
+
+def test_answers_to_other_questions_are_not_compared() -> None:
+    """Neither another set nor another number of questions."""
+    for other in (choices_score(fingerprint="others"), choices_score(True)):
+        for compare in (paired_accuracy, paired_margin):
+            with pytest.raises(ValueError, match="same questions for both models"):
+                compare(choices_score(), other)

@@ -2,8 +2,12 @@
 
 from __future__ import annotations
 
+import math
+from collections.abc import Sequence
+from dataclasses import replace
 from typing import Any
 
+from secateur.records.choices import ChoicesScore
 from secateur.records.evaluation import Evaluation, ModelScore, TextScore, VocabularyEffect
 from secateur.records.plan import LayerPlan, Plan, VocabularyPlan
 
@@ -38,6 +42,39 @@ def evaluation(**losses: float) -> Evaluation:
         text = {"medical": text_score(nll), "general": text_score(nll + 0.5, num_excluded=3)}
         models[name] = ModelScore(name, parts, 2 * sum(parts.values()), text)
     return Evaluation(models, seed=0)
+
+
+def choices_score(correct: Sequence[bool], **changes: Any) -> ChoicesScore:
+    """Return a score of questions with four choices, answered like this; margins are 1 or -1 nats."""
+    share = sum(correct) / len(correct)
+    stderr = math.sqrt(share * (1 - share) / (len(correct) - 1))
+    plain: dict[str, Any] = {
+        "acc": share,
+        "acc_stderr": stderr,
+        "acc_norm": share,
+        "acc_norm_stderr": stderr,
+        "margin": 2 * share - 1,
+        "margin_stderr": 2 * stderr,
+        "chance": 0.25,
+        "num_items": len(correct),
+        "num_truncated": 1,
+        "fingerprint": "fedcba9876543210",
+        "tokens_per_s": 4321.0,
+        "item_correct": tuple(correct),
+        "item_correct_norm": tuple(correct),
+        "item_margin": tuple(1.0 if right else -1.0 for right in correct),
+    }
+    return ChoicesScore(**{**plain, **changes})
+
+
+def asked(**answers: Sequence[bool]) -> Evaluation:
+    """Return the evaluation with questions ``exam`` answered like this by the models named."""
+    plain = evaluation()
+    models = {
+        name: replace(model, choices={"exam": choices_score(answers[name])} if name in answers else {})
+        for name, model in plain.models.items()
+    }
+    return replace(plain, models=models)
 
 
 def plan(**changes: Any) -> Plan:

@@ -4,16 +4,17 @@ from __future__ import annotations
 
 from typing import Any
 
+from secateur.records.evaluation import Evaluation
 from secateur.report.markdown import render_report
 
-from .records import evaluation, plan
+from .records import asked, evaluation, plan
 
 
-def report(**changes: Any) -> str:
+def report(measured: Evaluation | None = None, **changes: Any) -> str:
     """Return a report of the made-up records."""
     return render_report(
         plan(**changes),
-        evaluation(),
+        measured or evaluation(),
         model_name="pico-llama",
         domains=["medical"],
         manifest={"versions": {"secateur": "0.1.0", "torch": "2"}, "model_fingerprint": "abc", "stages": {}},
@@ -41,6 +42,14 @@ def test_every_table_has_rows_of_one_width() -> None:
     for lines in blocks:
         assert len({line.count("|") for line in lines}) == 1
         assert len(lines) > 2
+
+
+def test_answers_have_tables_where_questions_were_asked() -> None:
+    """And no word is said of them elsewhere."""
+    text = report(asked(dense=[True, False], pruned=[True, True]))
+    assert "\n## Multiple choice (± one standard error)\n" in text
+    assert "\n## Questions\n" in text
+    assert "Multiple choice" not in report()
 
 
 def test_notes_of_the_plan_are_shown() -> None:

@@ -1,0 +1,151 @@
+"""Multiple-choice questions answered by log-likelihood: the choice that the model finds most likely after the prompt.
+
+Formula as in the LM evaluation harness (Gao and others, 2021, doi:10.5281/zenodo.5371628), which counts characters for
+``acc_norm`` where we count UTF-8 bytes. Nothing is generated. The head is computed only where a choice's token is
+predicted, which for short choices after long prompts is a small part of the positions.
+
+Dims: ``rows`` rows; ``endings`` most choices that share a row; ``tokens`` predicted tokens.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+from typing import Any
+
+import torch
+from jaxtyping import Float, Int64
+from torch import Tensor
+
+from secateur.evaluate.perplexity import log_totals, score_losses
+from secateur.families.schema import Family
+from secateur.progress import Progress, silent
+from secateur.records.blocks import BlockBatch
+from secateur.records.choice_blocks import ChoiceBlocks
+from secateur.records.choices import ChoicesScore
+from secateur.stream.forward import model_inputs
+
+
+def evaluate_choices(
+    model: Any,
+    blocks: ChoiceBlocks,
+    family: Family,
+    *,
+    batch_size: int = 4,
+    progress: Progress = silent,
+    label: str = "evaluate",
+) -> ChoicesScore:
+    """Return how well ``model`` answers the questions in ``blocks``.
+
+    Args:
+        model: a transformers causal language model, on its device; it is put into evaluation mode.
+        blocks: questions under the model's own tokenizer.
+        family: of the model.
+        batch_size: blocks per forward pass.
+        progress: told about finished tokens.
+        label: name of the work for ``progress``.
+
+    Raises:
+        CheckpointError: a log-likelihood is not finite.
+    """
+    model.eval()
+
+    def losses(batch: BlockBatch) -> list[Float[Tensor, " tokens"]]:
+        scores = _scores_before_predicted(model, batch, family)
+        totals = log_totals(scores)
+        targets = _targets(batch, blocks.last_ids).to(scores.device)
+        return list(totals - scores.gather(1, targets).T.to(totals.dtype))
+
+    found = score_losses(losses, blocks, batch_size=batch_size, num_excluded=0, progress=progress, label=label)
+    nll = [score.document_nll for score in found]
+    return score_answers(
+        [[-nll[ending][row] for row, ending in places] for places in blocks.places],
+        blocks.answers,
+        blocks.choice_bytes,
+        num_truncated=blocks.num_truncated,
+        fingerprint=blocks.fingerprint,
+        tokens_per_s=found[0].tokens_per_s,
+    )
+
+
+def score_answers(
+    log_likelihoods: Sequence[Sequence[float]],
+    answers: Sequence[int],
+    choice_bytes: Sequence[Sequence[int]],
+    *,
+    num_truncated: int,
+    fingerprint: str,
+    tokens_per_s: float,
+) -> ChoicesScore:
+    """Return the score of questions whose choices have these log-likelihoods.
+
+    Args:
+        log_likelihoods: for each question, of each choice, summed over its tokens, in nats.
+        answers: for each question, which choice is right.
+        choice_bytes: for each question, the UTF-8 bytes of each choice.
+        num_truncated: questions whose prompt was cut.
+        fingerprint: identifies the questions.
+        tokens_per_s: speed of the measurement.
+    """
+    per_byte = [
+        [value / size for value, size in zip(values, sizes, strict=True)]
+        for values, sizes in zip(log_likelihoods, choice_bytes, strict=True)
+    ]
+    correct = tuple(_first_highest(v) == answer for v, answer in zip(log_likelihoods, answers, strict=True))
+    correct_norm = tuple(_first_highest(v) == answer for v, answer in zip(per_byte, answers, strict=True))
+    margins = tuple(_margin(v, answer) for v, answer in zip(log_likelihoods, answers, strict=True))
+    acc, acc_stderr = _mean(correct)
+    acc_norm, acc_norm_stderr = _mean(correct_norm)
+    margin, margin_stderr = _mean(margins)
+    return ChoicesScore(
+        acc=acc,
+        acc_stderr=acc_stderr,
+        acc_norm=acc_norm,
+        acc_norm_stderr=acc_norm_stderr,
+        margin=margin,
+        margin_stderr=margin_stderr,
+        chance=math.fsum(1 / len(values) for values in log_likelihoods) / len(answers),
+        num_items=len(answers),
+        num_truncated=num_truncated,
+        fingerprint=fingerprint,
+        tokens_per_s=tokens_per_s,
+        item_correct=correct,
+        item_correct_norm=correct_norm,
+        item_margin=margins,
+    )
+
+
+def _scores_before_predicted(model: Any, batch: BlockBatch, family: Family) -> Float[Tensor, "tokens vocab"]:
+    """Return the logits from which each predicted token is predicted, in row order."""
+    before = batch.predicted.roll(-1, dims=1)  # a row's first token is never predicted
+    columns = before.any(0).nonzero()[:, 0]
+    inputs = model_inputs(batch, family, model)
+    logits: Tensor = model(**inputs, logits_to_keep=columns.to(inputs["input_ids"].device)).logits
+    return logits[before[:, columns].to(logits.device)]
+
+
+def _targets(batch: BlockBatch, last_ids: Int64[Tensor, "rows endings"]) -> Int64[Tensor, "tokens endings"]:
+    """Return the predicted tokens, each row's last one in every variant of it."""
+    owners = batch.document[batch.predicted]
+    is_last = torch.ones_like(owners, dtype=torch.bool)
+    is_last[:-1] = owners[1:] != owners[:-1]
+    targets = batch.input_ids[batch.predicted][:, None].repeat(1, last_ids.shape[1])
+    targets[is_last] = last_ids[owners[is_last]]
+    return targets
+
+
+def _first_highest(values: Sequence[float]) -> int:
+    return max(range(len(values)), key=values.__getitem__)  # max() takes the first of equal ones
+
+
+def _margin(values: Sequence[float], answer: int) -> float:
+    return values[answer] - max(value for place, value in enumerate(values) if place != answer)
+
+
+def _mean(values: Sequence[bool] | Sequence[float]) -> tuple[float, float]:
+    """Return the mean of independent values and its standard error, which of a single value is infinite."""
+    n = len(values)
+    mean = math.fsum(values) / n
+    if n < 2:
+        return mean, math.inf
+    return mean, math.sqrt(math.fsum((value - mean) ** 2 for value in values) / (n * (n - 1)))
