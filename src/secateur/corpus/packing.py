@@ -8,8 +8,10 @@ from __future__ import annotations
 
 import hashlib
 import json
+from collections import defaultdict
 from collections.abc import Collection, Iterable, Iterator, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
+from itertools import chain
 from typing import Any
 
 import numpy as np
@@ -74,7 +76,8 @@ class PackedBlocks:
         name: of the corpus, for messages and manifests.
         split: which split it is.
         fingerprint: identifies the documents, their tokens and the tokenizer.
-        documents: 63-bit hashes of the documents, ascending; a document's index is its place here.
+        documents: 63-bit hashes of the documents, ascending unless ``restrict`` put them in another order; a document's
+            index is its place here.
         num_tokens: real tokens.
         num_blocks: blocks.
         num_duplicates: copies of chosen documents that were dropped.
@@ -100,6 +103,13 @@ class PackedBlocks:
     def num_documents(self) -> int:
         """Documents that have at least one token in a block."""
         return len(self.documents)
+
+    def document_lengths(self) -> Int64[Tensor, " documents"]:
+        """Return how many tokens each document has in the blocks, prefixes included."""
+        lengths = torch.zeros(self.num_documents, dtype=torch.int64)
+        for piece in chain.from_iterable(self.blocks):
+            lengths[piece.document] += len(piece.ids)
+        return lengths
 
     def batches(self, batch_size: int) -> Iterator[BlockBatch]:
         """Yield batches of at most ``batch_size`` blocks, in a fixed order, every one ``block_size`` wide.
@@ -183,6 +193,81 @@ def load_split(
         blocks=[[pieces[piece] for piece in block] for block in placed],
         texts=tuple(texts),
     )
+
+
+def restrict(blocks: PackedBlocks, documents: Sequence[int], max_tokens: int | None = None) -> PackedBlocks:
+    """Return the pieces of some documents, packed anew in the order given.
+
+    The chosen documents are numbered by their place in that order; their pieces, bytes and text stay as they are.
+
+    Args:
+        blocks: which to take from.
+        documents: indices of the documents wanted, each once.
+        max_tokens: whole pieces are taken from the start for as long as they have no more tokens than this together,
+            so the last document may be cut short; None takes all.
+
+    Raises:
+        CorpusError: an index is not of a document or is there twice, or the first piece has more tokens than allowed.
+    """
+    _require_documents_once(documents, blocks)
+    by_document = _pieces_by_document(blocks)
+    chosen: list[Piece] = []
+    num_tokens, taken = 0, 0
+    for document in documents:
+        whole = by_document[document]
+        fitting = _pieces_within(whole, None if max_tokens is None else max_tokens - num_tokens)
+        chosen += [replace(piece, document=taken) for piece in whole[:fitting]]
+        num_tokens += sum(len(piece.ids) for piece in whole[:fitting])
+        taken += fitting > 0
+        if fitting < len(whole):
+            break
+    if not chosen:
+        raise CorpusError(
+            f"nothing of the {blocks.split} text of corpus {blocks.name!r} is left: {len(documents)} documents were "
+            f"chosen and max_tokens is {max_tokens}. Choose documents, or raise it to {blocks.block_size} or more."
+        )
+    placed = place_pieces([len(piece.ids) for piece in chosen], blocks.block_size)
+    kept = list(documents[:taken])
+    hashes = blocks.documents[torch.tensor(kept)]
+    return replace(
+        blocks,
+        fingerprint=digest_pieces([blocks.fingerprint, hashes.tolist()], chosen),
+        documents=hashes,
+        num_tokens=num_tokens,
+        num_blocks=len(placed),
+        blocks=[[chosen[piece] for piece in block] for block in placed],
+        texts=tuple(blocks.texts[document] for document in kept) if blocks.texts else (),
+    )
+
+
+def _require_documents_once(documents: Sequence[int], blocks: PackedBlocks) -> None:
+    if len(set(documents)) != len(documents) or not all(0 <= index < blocks.num_documents for index in documents):
+        raise CorpusError(
+            f"documents to keep of corpus {blocks.name!r} must be different indices below {blocks.num_documents}; got "
+            f"{list(documents)[:8]}{' ...' if len(documents) > 8 else ''}. Number them as blocks.documents does."
+        )
+
+
+def _pieces_by_document(blocks: PackedBlocks) -> dict[int, list[Piece]]:
+    """Return each document's pieces in the order of its text.
+
+    Without spans the order follows from how documents are cut and placed: all pieces but the last fill a block each,
+    and full blocks are in order.
+    """
+    found: defaultdict[int, list[Piece]] = defaultdict(list)
+    for piece in chain.from_iterable(blocks.blocks):
+        found[piece.document].append(piece)
+    return {
+        document: sorted(pieces, key=lambda piece: piece.span.start if piece.span else -len(piece.ids))
+        for document, pieces in found.items()
+    }
+
+
+def _pieces_within(pieces: Sequence[Piece], max_tokens: int | None) -> int:
+    """Return how many of the pieces, from the first, have no more tokens together than the limit."""
+    if max_tokens is None:
+        return len(pieces)
+    return int(np.searchsorted(np.cumsum([len(piece.ids) for piece in pieces]), max_tokens, side="right"))
 
 
 def cut_document(num_tokens: int, num_prefix: int, block_size: int, max_tokens: int | None) -> list[tuple[int, int]]:
@@ -389,9 +474,14 @@ def _fingerprint(
     The tokens are in it because a document's hash ignores spacing. The tokenizer's own JSON would also hold padding
     and truncation, but tokenizing has just switched both off.
     """
-    digest = hashlib.blake2b(digest_size=16)
     header = [split, block_size, list(documents), len(tokenizer), tokenizer.backend_tokenizer.to_str()]
-    digest.update(json.dumps(header).encode())
+    return digest_pieces(header, pieces)
+
+
+def digest_pieces(header: Sequence[Any], pieces: Iterable[Piece]) -> str:
+    """Return a hex digest of plain data and of the pieces' tokens."""
+    digest = hashlib.blake2b(digest_size=16)
+    digest.update(json.dumps(list(header)).encode())
     for piece in pieces:
         digest.update(len(piece.ids).to_bytes(8, "little"))
         digest.update(piece.ids.astype("<i4").tobytes())

@@ -1,0 +1,79 @@
+"""The prompts of a split: its documents' records under another template, to be answered by a model.
+
+A prompt belongs to the document that the same record makes under the usual template. It is that document's hash which
+decides the split and what is excluded, so that no prompt of a test document is ever answered.
+"""
+
+from __future__ import annotations
+
+import heapq
+from collections.abc import Collection
+from dataclasses import dataclass
+
+from secateur.corpus.readers import explicit_splits, read_prompts, require_documents
+from secateur.corpus.split import Split, assign_split, document_hash
+from secateur.recipe import CorpusSpec
+
+
+@dataclass(frozen=True, slots=True)
+class Prompts:
+    """The prompts of a split.
+
+    Attributes:
+        texts: the prompts, in ascending order of their documents' hashes.
+        documents: those hashes, each once.
+    """
+
+    texts: tuple[str, ...]
+    documents: tuple[int, ...]
+
+
+def load_prompts(
+    spec: CorpusSpec,
+    prompt: str,
+    split: Split,
+    *,
+    exclude: Collection[int] = (),
+    max_documents: int | None = None,
+    name: str = "corpus",
+) -> Prompts:
+    """Return the prompts of a split, one per document; they do not depend on the order of the records.
+
+    Of records that make the same document the longest prompt is taken.
+
+    Args:
+        spec: where the records are, how one becomes a document, and the shares of the splits.
+        prompt: how a record becomes a prompt: a template such as ``"Question: {question}"``, or the name of a field.
+        split: the one wanted.
+        exclude: hashes of documents whose prompts must not be taken.
+        max_documents: takes the documents with the smallest hashes, at most this many; None takes all.
+        name: of the corpus, for messages.
+
+    Raises:
+        CorpusError: the text cannot be read or has no fields, the template cannot be used, or the split has no prompt.
+        UnavailableError: a hub data set could not be had.
+    """
+    excluded = frozenset(exclude)
+    ratios = None if explicit_splits(spec) else spec.splits
+    kept: dict[int, str] = {}
+    largest_first: list[int] = []  # negated hashes: heapq keeps the smallest on top
+    met_excluded: set[int] = set()
+    num_seen = 0
+    for document, text in read_prompts(spec, prompt, split):
+        num_seen += 1
+        digest = document_hash(document)
+        if ratios is not None and assign_split(digest, ratios) != split:
+            continue
+        if digest in excluded:
+            met_excluded.add(digest)
+            continue
+        if digest in kept:
+            kept[digest] = max(kept[digest], text, key=lambda prompt: (len(prompt), prompt))
+            continue
+        kept[digest] = text
+        heapq.heappush(largest_first, -digest)
+        if max_documents is not None and len(kept) > max_documents:
+            del kept[-heapq.heappop(largest_first)]
+    require_documents(num_seen, len(kept), len(met_excluded), split, name)
+    hashes = tuple(sorted(kept))
+    return Prompts(tuple(kept[digest] for digest in hashes), hashes)
