@@ -9,6 +9,7 @@ Every message has three parts: what is wrong, what was received, and what to do.
     |-- TokenizerError     a tokenizer that cannot be rebuilt, or does not do what the plan needs
     |-- CheckpointError    weights that are missing, unsafe, broken, or not finite
     |-- PlanError          a budget that cannot be met, or a plan that does not fit its model
+    |-- RecoveryError      a training that diverged or does not fit in memory
     |-- ExportError        an artefact that could not be written, or that reloads differently
     `-- UnavailableError   something from outside (a hub, a package registry) that could not be had
 """
@@ -42,6 +43,10 @@ class CheckpointError(SecateurError):
 
 class PlanError(SecateurError):
     """A budget that cannot be met, or a plan that does not fit the model it is applied to."""
+
+
+class RecoveryError(SecateurError):
+    """A training that diverged, or that does not fit in memory."""
 
 
 class ExportError(SecateurError):

@@ -15,6 +15,20 @@ class Task(Protocol):
 
 
 @runtime_checkable
+class TalkingTask(Protocol):
+    """A task that can also show a few words beside its label."""
+
+    def say(self, text: str) -> None:
+        """Show ``text``, in the place of what was said before."""
+
+
+def say(task: Task, text: str) -> None:
+    """Show a few words beside a task's label, if the task can."""
+    if isinstance(task, TalkingTask):
+        task.say(text)
+
+
+@runtime_checkable
 class Progress(Protocol):
     """Opens a task; the task is closed when the context ends, also by an error."""
 

@@ -85,14 +85,17 @@ def describe_rate(done: int, total: int | None, unit: str, seconds: float) -> st
 
 
 class _BarTask:
-    def __init__(self, bars: Progress, task: TaskID, total: int | None, unit: str) -> None:
-        self._bars, self._task, self._total, self._unit = bars, task, total, unit
+    def __init__(self, bars: Progress, task: TaskID, label: str, total: int | None, unit: str) -> None:
+        self._bars, self._task, self._label, self._total, self._unit = bars, task, label, total, unit
         self._done, self._started = 0, time.perf_counter()
 
     def advance(self, amount: int) -> None:
         self._done += amount
         state = describe_rate(self._done, self._total, self._unit, time.perf_counter() - self._started)
         self._bars.update(self._task, completed=self._done, state=state)
+
+    def say(self, text: str) -> None:
+        self._bars.update(self._task, description=f"{self._label} ({text})")
 
 
 class _BarProgress:
@@ -107,7 +110,7 @@ class _BarProgress:
     @contextmanager
     def _open(self, label: str, total: int | None, unit: str) -> Iterator[Task]:
         task = self._bars.add_task(label, total=total, state=describe_rate(0, total, unit, 0.0))
-        yield _BarTask(self._bars, task, total, unit)
+        yield _BarTask(self._bars, task, label, total, unit)
         self._bars.update(task, total=total or 1, completed=total or 1)
 
 
@@ -116,6 +119,7 @@ class _LineTask:
         self._label, self._total, self._unit = label, total, unit
         self._done, self._started = 0, time.perf_counter()
         self._next = self._started + _QUIET_FOR_S
+        self._said = ""
 
     def advance(self, amount: int) -> None:
         self._done += amount
@@ -123,7 +127,10 @@ class _LineTask:
         if now >= self._next:
             self._next = now + _LOG_EVERY_S
             state = describe_rate(self._done, self._total, self._unit, now - self._started)
-            click.echo(f"{self._label}: {state}", err=True)
+            click.echo(f"{self._label}{self._said}: {state}", err=True)
+
+    def say(self, text: str) -> None:
+        self._said = f" ({text})"
 
 
 class _LineProgress:

@@ -16,10 +16,11 @@ from secateur.errors import SecateurError
 from secateur.registry import unknown_name
 
 COMMANDS = {
-    "run": "Do the whole job of a recipe: calibrate, plan, shrink, evaluate.",
+    "run": "Do the whole job of a recipe: calibrate, plan, shrink, recover, evaluate.",
     "calibrate": "Run the recipe's text through the dense model and keep the statistics.",
     "plan": "Decide what stays, and show it as a table before anything is cut.",
     "shrink": "Cut the model, save it, reload it and compare.",
+    "recover": "Train the pruned model on its domain's text.",
     "evaluate": "Measure dense, pruned and control models on held-out text.",
     "inspect": "Show where a model's parameters are.",
     "vocabulary": "Show which token ids a domain's text uses, and what cutting the others would cost.",

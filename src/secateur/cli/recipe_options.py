@@ -102,6 +102,8 @@ def describe_result(result: RunResult) -> dict[str, Any]:
         data["notes"] = list(result.plan.notes)
     if result.model_folder is not None:
         data["model"] = str(result.model_folder)
+    if result.recoveries:
+        data["recoveries"] = {name: recovery.to_dict() for name, recovery in result.recoveries.items()}
     if result.evaluation is not None:
         evaluation = result.evaluation.to_dict()
         scores = [score for model in evaluation["models"].values() for score in model["text"].values()]

@@ -15,7 +15,7 @@ if TYPE_CHECKING:
 @click.command("run")
 @recipe_options
 def command(**arguments: Any) -> None:
-    """Do the whole job of RECIPE: calibrate, plan, shrink, evaluate.
+    """Do the whole job of RECIPE: calibrate, plan, shrink, recover (where it says how), evaluate.
 
     Finished stages are kept in the run folder and reused, so the same command resumes after a stop and a changed
     budget costs no second calibration.
@@ -27,9 +27,11 @@ def command(**arguments: Any) -> None:
 def show_run(result: RunResult, *, as_json: bool) -> None:
     """Print the end of a full run."""
     from secateur.cli.console import print_json, print_table
+    from secateur.report.recovery import curve_table, describe_recovery
     from secateur.report.tables import (
         SEGMENTATION_NOTE,
         attribution_table,
+        choices_table,
         cut_table,
         parts_table,
         result_table,
@@ -44,10 +46,16 @@ def show_run(result: RunResult, *, as_json: bool) -> None:
     if result.plan.vocabulary is not None:
         print_table(cut_table(result.plan))
         print_table(segmentation_table(result.evaluation))
+    if result.recoveries:
+        print_table(curve_table(result.recoveries))
     print_table(result_table(result.evaluation))
+    if (answers := choices_table(result.evaluation)).rows:
+        print_table(answers)
     if result.plan.vocabulary is not None:
         print_table(attribution_table(result.evaluation))
         click.echo(SEGMENTATION_NOTE)
+    for recovery in result.recoveries.values():
+        click.echo(describe_recovery(recovery))
     for note in result.plan.notes:
         click.echo(f"note: {note}")
     click.echo(result.summary)

@@ -25,7 +25,7 @@ _TOLERANCE = {torch.float64: 1e-10, torch.float32: 1e-4, torch.bfloat16: 5e-2, t
 def export_huggingface(
     model: Any,
     tokenizer: Any,
-    plan: Plan,
+    plan: Plan | None,
     folder: Path,
     *,
     source: Path,
@@ -38,7 +38,7 @@ def export_huggingface(
     Args:
         model: the pruned model, in the dtype to be saved.
         tokenizer: saved beside it, reloaded and compared too.
-        plan: what was cut; saved beside it.
+        plan: what was cut, saved beside it; None where nothing was.
         folder: where the artefact goes; replaced if it exists.
         source: folder of the dense model; its licence texts are carried over.
         provenance: fingerprints and versions, saved with the plan.
@@ -50,7 +50,8 @@ def export_huggingface(
         save_model(model, work)
         save_tokenizer(tokenizer, work)
         copy_side_files(source, work)
-        write_json(work / PLAN_FILE, {**plan.to_dict(), "provenance": dict(provenance)})
+        if plan is not None:
+            write_json(work / PLAN_FILE, {**plan.to_dict(), "provenance": dict(provenance)})
         if not any(work.glob("*.safetensors")):
             raise ExportError(f"no weights were written into {folder}.")
         compare_reloaded_tokenizer(tokenizer, work, ())

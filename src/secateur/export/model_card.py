@@ -10,7 +10,9 @@ from typing import Any
 import yaml
 
 from secateur.records.plan import Plan
+from secateur.records.recovery import Recovery
 from secateur.report.markdown import describe_choice
+from secateur.report.recovery import describe_recovery
 from secateur.report.tables import SEGMENTATION_NOTE, cut_table, removed_blocks
 
 _TOKENIZER = (
@@ -40,6 +42,7 @@ def render_model_card(
     tables: Sequence[str],
     summary: str,
     version: str,
+    recovery: Recovery | None = None,
 ) -> str:
     """Return README.md for the pruned model.
 
@@ -51,6 +54,7 @@ def render_model_card(
         tables: Markdown tables of the measurements.
         summary: one sentence on the result.
         version: of secateur.
+        recovery: the training after the cut; None where there was none.
     """
     metadata: dict[str, Any] = {
         key: base_metadata[key]
@@ -98,7 +102,8 @@ def render_model_card(
         "## Limits",
         "",
         "The model was cut for the text named above. On other text it has lost more; the general column, where there "
-        "is one, says how much. No recovery training was done.",
+        "is one, says how much. "
+        + ("No recovery training was done." if recovery is None else describe_recovery(recovery)),
         "",
         _licence_line(base_metadata),
         "",

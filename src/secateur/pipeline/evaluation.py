@@ -13,7 +13,7 @@ import torch
 
 from secateur.corpus import PackedBlocks, segmentation_change
 from secateur.errors import CheckpointError
-from secateur.evaluate import evaluate_resegmented, evaluate_text, model_parameters
+from secateur.evaluate import evaluate_choices, evaluate_resegmented, evaluate_text, model_parameters
 from secateur.families.geometry import build_geometry
 from secateur.families.schema import Family
 from secateur.pipeline.texts import Texts
@@ -150,8 +150,19 @@ class EvaluationStage:
                 progress=self.progress,
                 label=f"evaluate {name} on {bucket}",
             )
+        choices = {
+            questions: evaluate_choices(
+                candidate.model,
+                self.texts.packed_questions(questions, candidate.tokenizer),
+                self.family,
+                batch_size=self.batch_size,
+                progress=self.progress,
+                label=f"ask {name} {questions}",
+            )
+            for questions in self.texts.questions
+        }
         geometry = build_geometry(self.family, candidate.model.config.to_dict())
-        return ModelScore(name, model_parameters(candidate.model, geometry), candidate.size_bytes, text)
+        return ModelScore(name, model_parameters(candidate.model, geometry), candidate.size_bytes, text, choices)
 
     def _vocabulary_effect(
         self,

@@ -1,6 +1,6 @@
 """The main job: every name is resolved first, then the stages run in order; each result is kept and reused.
 
-    check -> calibrate -> plan -> shrink -> evaluate
+    check -> calibrate -> plan -> shrink -> recover -> evaluate
 
 Where token ids go as well, they are counted and chosen during the check (``vocabulary``), because that needs
 no weights.
@@ -14,7 +14,7 @@ import importlib.metadata
 import platform
 import time
 from collections.abc import Collection, Iterable, Mapping, Sequence
-from dataclasses import dataclass, field, replace
+from dataclasses import asdict, dataclass, field, replace
 from functools import cached_property, partial
 from pathlib import Path
 from typing import Any, Literal
@@ -41,11 +41,22 @@ from secateur.evaluate.output_change import Measure, OutputChange
 from secateur.export import export_huggingface
 from secateur.export.model_card import read_front_matter, render_model_card
 from secateur.families.geometry import parameters_by_part
+from secateur.pipeline import processes
 from secateur.pipeline.bounds import smallest_within
 from secateur.pipeline.depth import DepthStage, Meters
 from secateur.pipeline.evaluation import VOCABULARY, Candidate, EvaluationStage, Row, SmallerVocabulary
 from secateur.pipeline.gradients import GradientStage
 from secateur.pipeline.grams import GramStage, Reconstructor, Supply, summary
+from secateur.pipeline.recovery import (
+    BASELINES,
+    FINETUNED,
+    RANDOM_RECOVERED,
+    RECOVERED,
+    RecoveryStage,
+    Student,
+    Teacher,
+)
+from secateur.pipeline.rounds import Round, drop_weights, joined, require_sizes, run_rounds, take_result
 from secateur.pipeline.search import MEASURED, Search, build_choices, find_counts, is_measured, quick_reconstruct
 from secateur.pipeline.streams import FittedWeights, fit_on_pruned_stream
 from secateur.pipeline.texts import Texts
@@ -61,11 +72,13 @@ from secateur.records.evaluation import (
 from secateur.records.gradients import GradientStatistics
 from secateur.records.gram import GramsInMemory
 from secateur.records.plan import Plan, VocabularyPlan
+from secateur.records.recovery import Recovery
 from secateur.records.scores import Scores
 from secateur.records.statistics import BucketStatistics, merge_buckets, mix_buckets, normalised
+from secateur.recover.train import check_training
 from secateur.registry import unknown_name
 from secateur.report.markdown import render_report
-from secateur.report.tables import evidence_table, parts_table, result_table, verdict
+from secateur.report.tables import choices_table, evidence_table, parts_table, result_table, verdict
 from secateur.score import METHODS, rehearse, score_units
 from secateur.shrink import check_plan, shrink_config, shrink_generation_config, shrink_parameters
 from secateur.shrink.apply import Reconstruct
@@ -95,8 +108,12 @@ from secateur.store.checkpoints import (
 from secateur.store.run_folder import RunFolder
 from secateur.stream.sources import LoadedLayers
 
-Stage = Literal["calibrate", "plan", "shrink", "evaluate"]
-STAGES: tuple[Stage, ...] = ("calibrate", "plan", "shrink", "evaluate")
+Stage = Literal["calibrate", "plan", "shrink", "recover", "evaluate"]
+STAGES: tuple[Stage, ...] = ("calibrate", "plan", "shrink", "recover", "evaluate")
+
+TRAINED = (FINETUNED, RECOVERED, RANDOM_RECOVERED)
+ROWS = ("dense", FINETUNED, "pruned", RECOVERED, "random", RANDOM_RECOVERED, "reversed")
+"""Rows of the evaluation, in the order of the table."""
 
 
 @dataclass(slots=True)
@@ -107,7 +124,8 @@ class RunResult:
         folder: the run folder.
         statistics: per bucket.
         plan: what stays.
-        model_folder: the pruned Hugging Face folder.
+        model_folder: the pruned Hugging Face folder; after recovery the recovered one.
+        recoveries: what each training went through, by the name of its row.
         evaluation: what was measured.
         summary: one sentence.
         reused: names of the stages whose earlier results were still valid.
@@ -117,6 +135,7 @@ class RunResult:
     statistics: Mapping[str, BucketStatistics] = field(default_factory=dict)
     plan: Plan | None = None
     model_folder: Path | None = None
+    recoveries: Mapping[str, Recovery] = field(default_factory=dict)
     evaluation: Evaluation | None = None
     summary: str = ""
     reused: list[str] = field(default_factory=list)
@@ -149,13 +168,23 @@ def run(recipe: Recipe, *, until: Stage = "evaluate", progress: Progress = silen
     """
     if until not in STAGES:
         raise ConfigError(unknown_name("stage", until, STAGES))
-    job = _Job(recipe, progress)
-    job.check(until)
-    job.calibrate()
-    if until != "calibrate":
-        job.plan()
-    if until in ("shrink", "evaluate"):
-        job.shrink()
+    if until == "recover" and recipe.recover is None:
+        raise ConfigError("the recipe has no recover section, which says how to train. Add one, such as recover: {}.")
+    if processes.are_several() and until != "recover":
+        raise ConfigError(
+            "several processes were started, and only training is done by several. Launch `secateur recover`, then run "
+            "this command by itself."
+        )
+    with processes.main_first():
+        job = _Job(recipe, progress)
+        job.check(until)
+        job.calibrate()
+        if until != "calibrate":
+            job.plan()
+        if until in ("shrink", "recover", "evaluate"):
+            job.shrink()
+    if until in ("recover", "evaluate"):
+        job.recover()
     if until == "evaluate":
         job.evaluate()
     return job.result
@@ -164,10 +193,11 @@ def run(recipe: Recipe, *, until: Stage = "evaluate", progress: Progress = silen
 class _Job:
     """One run: holds what is loaded, so that nothing is loaded twice or before it is needed."""
 
-    def __init__(self, recipe: Recipe, progress: Progress) -> None:
+    def __init__(self, recipe: Recipe, progress: Progress, teacher: Teacher | None = None) -> None:
         self.recipe = recipe
+        self.teacher = teacher
         self.progress = progress
-        self.folder = RunFolder.open(Path(recipe.output).expanduser())
+        self.folder = RunFolder.open(Path(recipe.output).expanduser(), read_only=not processes.is_main())
         self.result = RunResult(self.folder.path)
         self._searched: tuple[Scores, Search] | None = None
 
@@ -325,12 +355,18 @@ class _Job:
         _ = self.pruning_buckets
         for spec in self.recipe.buckets().values():
             check_sources(spec)
+        _ = self.texts.questions
         device = choose_device(self.recipe.device)
         if self.gradients.kinds:
             dtype = choose_dtype(self.recipe.dtype, self.checkpoint.dtype, device)
             require_dtype(dtype, "the model", f"method {self.recipe.prune.method}")
         if self.vocabulary is not None:
             self.vocabulary.check()
+        if self.recipe.recover is not None:
+            check_training(self.recipe.recover, device)
+            require_sizes(self.recipe)
+        if self.recovery is not None:
+            self.recovery.check()
         self._rehearse()
         self._require_enough_text()
         self._read_new_text(until)
@@ -386,6 +422,8 @@ class _Job:
                 _ = self.texts.split(name, split)
             if self.recipe.prune.reconstruct == "pruned" and name in self.pruning_buckets and until != "calibrate":
                 _ = self.texts.split(name, "validation")
+        if self.recovery is not None and until in ("recover", "evaluate"):
+            self.recovery.save_documents()
         if until == "evaluate" and not self.evaluation.is_done("dense", self._evaluation_key("dense", None)):
             _ = self.texts.test
 
@@ -501,15 +539,20 @@ class _Job:
             self.recipe,
             self.checkpoint,
             lambda: self.tokenizer,
-            self._calibration_documents,
-            self._calibrated_documents,
+            self._learned_documents,
+            self._seen_documents,
             self.vocabulary is not None,
             self.progress,
         )
 
-    def _calibrated_documents(self) -> frozenset[int]:
-        """Return the hashes of every document that is, or in this run will be, calibrated on or counted."""
-        seen: set[int] = set()
+    def _learned_documents(self, name: str) -> Collection[int]:
+        """Return the hashes of the documents of a bucket that are calibrated on, or that models are trained on."""
+        trained = self.recovery.training_documents() if self.recovery is not None else frozenset()
+        return trained.union(self._calibration_documents(name))
+
+    def _seen_documents(self) -> frozenset[int]:
+        """Return the hashes of every document that is, or in this run will be, calibrated on, counted or trained on."""
+        seen: set[int] = set(self.recovery.documents() if self.recovery is not None else ())
         if self.vocabulary is not None:
             seen.update(h for counts in self.vocabulary.counts.values() for h in counts.documents.tolist())
         for name in self.calibration_buckets:
@@ -779,18 +822,7 @@ class _Job:
         reconstructor = self._reconstructor(plan)
         pruned = self._pruned(plan, self.checkpoint.dtype, reconstructor)
         with self.progress("save and reload", None, "") as task:
-            difference = export_huggingface(
-                pruned,
-                tokenizer,
-                plan,
-                folder,
-                source=self.checkpoint.folder,
-                provenance={
-                    "model": self.recipe.model,
-                    "calibration": {n: s.corpus_fingerprint for n, s in self.result.statistics.items()},
-                    "versions": versions(),
-                },
-            )
+            difference = self._export(pruned, tokenizer, plan, folder)
             task.advance(1)
         files = [str(file.relative_to(self.folder.path)) for file in sorted(folder.iterdir())]
         saved = fingerprint(resolve_model(str(folder)))
@@ -799,6 +831,20 @@ class _Job:
             facts["reconstruction"] = dict(summary(reconstructor.reports))
         self.folder.finish("shrink", key, started, **facts)
         self._write_card(())
+
+    def _export(self, model: Any, tokenizer: Any, plan: Plan | None, folder: Path) -> float:
+        return export_huggingface(
+            model,
+            tokenizer,
+            plan,
+            folder,
+            source=self.checkpoint.folder,
+            provenance={
+                "model": self.recipe.model,
+                "calibration": {n: s.corpus_fingerprint for n, s in self.result.statistics.items()},
+                "versions": versions(),
+            },
+        )
 
     def _required_plan(self) -> Plan:
         assert self.result.plan is not None, "plan() comes first"
@@ -833,6 +879,134 @@ class _Job:
         assert self.vocabulary is not None, "only a recipe with a vocabulary makes such a plan"
         return self.vocabulary.smaller(plan.vocabulary)
 
+    # -- recovery ------------------------------------------------------------------------------------------------
+
+    @cached_property
+    def recovery(self) -> RecoveryStage | None:
+        """Recovery's part of the run; None where nothing is trained."""
+        if self.recipe.recover is None:
+            return None
+        return RecoveryStage(
+            self.recipe.recover,
+            list(self.recipe.domain),
+            "general" if self.recipe.general else None,
+            self.texts,
+            self.checkpoint.geometry.family,
+            self.folder,
+            digest(self.model_fingerprint, self.source_keys, self.recipe.calibrate.block_size),
+            lambda: self.dense,
+            self.teacher or Teacher(self._teaching_model, None, range(self.checkpoint.geometry.num_layers)),
+            self.recipe.evaluate.batch_size,
+            self.progress,
+            self.result.reused,
+        )
+
+    def recover(self) -> None:
+        """Train the pruned model, and before it the dense one where that says when to stop."""
+        if self.recovery is None:
+            return
+        if self.recovery.spec.needs_finetuned:
+            self._train(FINETUNED)
+        for name in self._trained_rows() if processes.are_several() else [RECOVERED]:
+            self._train(name)
+        self.result.model_folder = self.recovery.saved(RECOVERED)
+
+    def _teaching_model(self) -> Any:
+        """Return the dense model, or its fine-tuned copy where that is what teaches."""
+        assert self.recipe.recover is not None, "only called where there is a recovery"
+        if self.recipe.recover.distill.teacher == "dense":
+            return self.dense
+        return self._finetuned
+
+    @cached_property
+    def _finetuned(self) -> Any:
+        """The dense model trained on the same text; kept on disk until all that it teaches is trained."""
+        assert self.recovery is not None, "only called where there is a recovery"
+        if not self.recovery.saved(FINETUNED).exists():
+            self.result.recoveries = {k: v for k, v in self.result.recoveries.items() if k != FINETUNED}
+            self._train(FINETUNED, needed=True)
+        return self._saved_candidate(self.recovery.saved(FINETUNED)).model
+
+    def _train(self, name: str, *, needed: bool = False) -> None:
+        """Train the model of a row, if that was not done; weights of a baseline that was measured may be gone."""
+        assert self.recovery is not None, "only called where there is a recovery"
+        if name in self.result.recoveries:
+            return
+        key = self._training_key(name)
+        measured = not needed and name != RECOVERED and self.evaluation.is_done(name, self._evaluation_key(name, None))
+        if not (self.recovery.is_done(name, key) and (measured or self.recovery.saved(name).exists())):
+            if name == RECOVERED and self.recovery.spec.rounds > 1:
+                self._recover_in_rounds(key)
+            else:
+                self.recovery.run(name, key, partial(self._student, name), self._save_trained)
+        else:
+            self.result.reused.append(f"recover:{name}")
+        self.result.recoveries = {**self.result.recoveries, name: self.recovery.recovery(name)}
+        if name == RECOVERED:
+            self._write_card(())
+
+    def _recover_in_rounds(self, key: str) -> None:
+        assert self.recovery is not None, "only called where there is a recovery"
+        started, plan = time.perf_counter(), self._required_plan()
+        self.folder.forget(f"recover:{RECOVERED}")
+        teacher = self.recovery.teacher
+        rounds: list[Round] = []
+
+        def run_round(recipe: Recipe) -> Round:
+            seen = teacher
+            for earlier in rounds:
+                seen = seen.after(earlier.plan)
+            job = _Job(recipe, self.progress, seen)
+            job.check("recover")
+            job.calibrate()
+            job.plan()
+            job.shrink()
+            job.recover()
+            assert job.result.plan is not None and job.result.model_folder is not None
+            rounds.append(Round(job.result.plan, job.result.model_folder, job.result.recoveries[RECOVERED]))
+            return rounds[-1]
+
+        run_rounds(self.recipe, plan, self.folder.path / "rounds", run_round)
+        take_result(rounds, self.recovery.saved(RECOVERED))
+        self.recovery.keep_joined(RECOVERED, key, joined(rounds, RECOVERED), started)
+        drop_weights(rounds)
+
+    def _training_key(self, name: str) -> str:
+        assert self.recovery is not None, "only called where there is a recovery"
+        if name == FINETUNED:
+            return self.recovery.training_key(name, None, self.model_fingerprint)
+        shrunk = self.folder.manifest["stages"]["shrink"]["model_fingerprint"]
+        return self.recovery.training_key(name, self._required_plan(), shrunk)
+
+    def _student(self, name: str) -> Student:
+        """Return the model of a row as it is before training, with weights of its own."""
+        if name == FINETUNED:
+            model = load_model(
+                self.checkpoint,
+                device=self.recipe.device,
+                dtype="float32",
+                trust_remote_code=self.recipe.trust_remote_code,
+            )
+            return Student(model, self.tokenizer, None)
+        plan = self._required_plan()
+        if name == RECOVERED:
+            pruned = self._saved_candidate(self.folder.path / "model", "float32")
+            return Student(pruned.model, pruned.tokenizer, plan)
+        control = self._control_candidate("random", plan)
+        for parameter_ in control.model.parameters():
+            parameter_.data = parameter_.data.clone()  # what was not cut is still the dense model's
+        return Student(control.model, control.tokenizer, self._control_plan("random", plan))
+
+    def _save_trained(self, model: Any, student: Student, folder: Path) -> dict[str, Any]:
+        """Write a trained model and return facts for the manifest."""
+        model = model.to(self.checkpoint.dtype)
+        with self.progress("save and reload", None, "") as task:
+            plan = student.plan if folder == self.folder.path / RECOVERED else None
+            difference = self._export(model, student.tokenizer, plan, folder)
+            task.advance(1)
+        saved = fingerprint(resolve_model(str(folder)))
+        return {"reload_difference": difference, "model_fingerprint": saved}
+
     # -- evaluation ----------------------------------------------------------------------------------------------
 
     @cached_property
@@ -850,41 +1024,65 @@ class _Job:
 
     def evaluate(self) -> None:
         plan, vocabulary = self._required_plan(), None
+        folder = self.folder.path / "model"
         rows = {
             "dense": Row(self._evaluation_key("dense", None), self._dense_candidate),
-            "pruned": Row(self._evaluation_key("pruned", plan), lambda: self._saved_candidate(plan)),
+            "pruned": Row(self._evaluation_key("pruned", plan), partial(self._saved_candidate, folder)),
         }
-        for name in self.recipe.evaluate.controls:
-            rows[name] = Row(self._evaluation_key(name, plan), partial(self._control_candidate, name, plan))
+        for control in self.recipe.evaluate.controls:
+            rows[control] = Row(self._evaluation_key(control, plan), partial(self._control_candidate, control, plan))
+        trained = self._trained_rows()
+        for name in trained:
+            rows[name] = Row(self._evaluation_key(name, None), partial(self._trained_candidate, name))
         if plan.vocabulary is not None:
             key = self._evaluation_key(VOCABULARY, plan)
             vocabulary = SmallerVocabulary(
                 key, plan.vocabulary.keep, lambda: self._tokenizer_of(plan), lambda: self.dense
             )
-        evaluation = self.evaluation.measure(rows, vocabulary)
+        evaluation = self.evaluation.measure({name: rows[name] for name in ROWS if name in rows}, vocabulary)
+        for name in trained:
+            self._train(name)
+            if self.recovery is not None and name != RECOVERED:
+                self.recovery.drop(name)
         self.result.evaluation = evaluation
         self.result.summary = verdict(evaluation, list(self.recipe.domain), self._bounds)
         self._write_reports(plan, evaluation)
 
     def _evaluation_key(self, name: str, plan: Plan | None) -> str:
         """Return the key of a row; the dense model's does not depend on the plan."""
-        options = self.recipe.evaluate.model_dump(exclude={"controls", "batch_size"})
+        options = self.recipe.evaluate.model_dump(exclude={"controls", "batch_size", "choices"})
+        asked = {name: [asdict(item) for item in items] for name, items in self.texts.questions.items()}
         calibration = self.recipe.calibrate.model_dump(exclude={"batch_size", "gradient_tokens"})
         text = [self.model_fingerprint, self.source_keys, options, calibration, self.recipe.dtype]
         cut: list[Any] = []
-        if name != "dense" and plan is not None:
+        if name in TRAINED:
+            cut = [self._training_key(name)]
+        elif name != "dense" and plan is not None:
             cut = [plan.to_dict(), self.recipe.prune.model_dump(), self._reconstruction_key()]
-        return digest(text, cut, sorted(self._calibrated_documents()))
+        return digest(text, cut, sorted(self._seen_documents()), *([asked] if asked else []))
 
     def _dense_candidate(self) -> Candidate:
         return Candidate(self.dense, self.checkpoint.size_bytes, self.tokenizer)
 
-    def _saved_candidate(self, plan: Plan) -> Candidate:
-        assert self.result.model_folder is not None, "shrink() comes first"
-        saved = resolve_model(str(self.result.model_folder))
-        model = load_model(saved, device=self.recipe.device, dtype=self.recipe.dtype)
-        tokenizer = self.tokenizer if plan.vocabulary is None else load_tokenizer(saved)
-        return Candidate(model, weight_bytes(self.result.model_folder), tokenizer)
+    def _saved_candidate(self, folder: Path, dtype: str | None = None) -> Candidate:
+        saved, changed = resolve_model(str(folder)), self._required_plan().vocabulary is not None
+        model = load_model(saved, device=self.recipe.device, dtype=dtype or self.recipe.dtype)
+        return Candidate(model, weight_bytes(folder), load_tokenizer(saved) if changed else self.tokenizer)
+
+    def _trained_rows(self) -> list[str]:
+        if self.recovery is None:
+            return []
+        return [RECOVERED, *(BASELINES[name] for name in self.recovery.spec.baselines)]
+
+    def _trained_candidate(self, name: str) -> Candidate:
+        """Return the trained model of a row; a baseline is trained now, and its weights go once it is measured."""
+        assert self.recovery is not None, "only rows of a recovery are trained"
+        self._train(name)
+        found = self._saved_candidate(self.recovery.saved(name))
+        if name == FINETUNED:
+            found = replace(found, tokenizer=self.tokenizer)
+        teaches = name == FINETUNED and self.recovery.spec.distill.teacher == FINETUNED
+        return found if name == RECOVERED or teaches else replace(found, forget=partial(self.recovery.drop, name))
 
     def _control_candidate(self, name: str, plan: Plan) -> Candidate:
         control = self._control_plan(name, plan)
@@ -930,20 +1128,26 @@ class _Job:
             calibration_tokens_per_s=speeds,
             recipe_yaml=self.recipe.to_yaml(),
             bounds=self._bounds,
+            recoveries=self.result.recoveries,
         )
         self.folder.write_text("report.md", report)
-        tables = (result_table(evaluation), evidence_table(evaluation))
-        self._write_card([table.markdown() + "\n" for table in tables])
+        tables = [result_table(evaluation), choices_table(evaluation), evidence_table(evaluation)]
+        self._write_card([table.markdown() + "\n" for table in tables if table.rows])
 
     def _write_card(self, tables: Sequence[str]) -> None:
+        """Write the model card into every model folder of the run that there is."""
         plan = self._required_plan()
-        card = render_model_card(
-            plan,
-            base_model=self.recipe.model if self.checkpoint.name == self.recipe.model else self.checkpoint.name,
-            base_metadata=read_front_matter(self.checkpoint.folder),
-            domains=list(self.recipe.domain),
-            tables=[*tables, parts_table(plan.parameters_dense, plan.parameters_pruned).markdown() + "\n"],
-            summary=self.result.summary,
-            version=versions()["secateur"],
-        )
-        self.folder.write_text("model/README.md", card)
+        for folder, recovery in (("model", None), (RECOVERED, self.result.recoveries.get(RECOVERED))):
+            if not (self.folder.path / folder / "config.json").is_file():
+                continue
+            card = render_model_card(
+                plan,
+                base_model=self.recipe.model if self.checkpoint.name == self.recipe.model else self.checkpoint.name,
+                base_metadata=read_front_matter(self.checkpoint.folder),
+                domains=list(self.recipe.domain),
+                tables=[*tables, parts_table(plan.parameters_dense, plan.parameters_pruned).markdown() + "\n"],
+                summary=self.result.summary,
+                version=versions()["secateur"],
+                recovery=recovery,
+            )
+            self.folder.write_text(f"{folder}/README.md", card)

@@ -8,6 +8,7 @@ from functools import cached_property
 from typing import Any
 
 from secateur.corpus import PackedBlocks, load_split, resegment
+from secateur.corpus.choices import ChoiceItem, PackedChoices, pack_choices, read_choices
 from secateur.corpus.split import Split
 from secateur.errors import CheckpointError
 from secateur.pipeline.grams import judging_tokens
@@ -49,6 +50,18 @@ class Texts:
         """The test text of every bucket."""
         return {name: self.read(name, "test") for name in self.recipe.buckets()}
 
+    @cached_property
+    def questions(self) -> dict[str, list[ChoiceItem]]:
+        """The multiple-choice questions of every set; reading them checks every row."""
+        return {name: read_choices(spec, name) for name, spec in self.recipe.evaluate.choices.items()}
+
+    def packed_questions(self, name: str, tokenizer: Any, most: int | None = None) -> PackedChoices:
+        """Return the questions of a set as a tokenizer cuts them, at most so many."""
+        dimensions, config = self.checkpoint.geometry.dimensions, self.checkpoint.config
+        limit = dimensions.get("num_positions") or config.get("max_position_embeddings")
+        items = self.questions[name][:most]
+        return pack_choices(items, tokenizer, block_size=self.recipe.calibrate.block_size, max_length=limit, name=name)
+
     def split(self, name: str, split: Split) -> PackedBlocks:
         """Return a split of a bucket, of the recipe's size."""
         if (name, split) not in self._read:
@@ -59,13 +72,22 @@ class Texts:
         """Return whether a split was read already."""
         return (name, split) in self._read
 
-    def read(self, name: str, split: Split, max_tokens: int | None = None, *, keep_text: bool = False) -> PackedBlocks:
+    def read(
+        self,
+        name: str,
+        split: Split,
+        max_tokens: int | None = None,
+        *,
+        whole: bool = False,
+        keep_text: bool = False,
+    ) -> PackedBlocks:
         """Return a split of a bucket, of another size where one is given.
 
         Args:
             name: of the bucket.
             split: which of its splits.
             max_tokens: most tokens to take; None for as many as the recipe says.
+            whole: takes all tokens there are.
             keep_text: keeps the text of a calibration split too.
         """
         exclude: Collection[int] = frozenset()
@@ -79,7 +101,7 @@ class Texts:
                 split,
                 self.tokenizer,
                 block_size=self.recipe.calibrate.block_size,
-                max_tokens=max_tokens or self._max_tokens(split),
+                max_tokens=None if whole else max_tokens or self._max_tokens(split),
                 exclude=exclude,
                 name=name,
                 keep_text=keep_text or (split != "calibration" and self.keep_text),

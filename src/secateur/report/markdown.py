@@ -7,10 +7,14 @@ from typing import Any
 
 from secateur.records.evaluation import Evaluation
 from secateur.records.plan import Plan
+from secateur.records.recovery import Recovery
+from secateur.report.recovery import curve_table, describe_recovery
 from secateur.report.tables import (
     SEGMENTATION_NOTE,
     Table,
     attribution_table,
+    choices_evidence_table,
+    choices_table,
     cut_table,
     evidence_table,
     parts_table,
@@ -34,6 +38,7 @@ def render_report(
     calibration_tokens_per_s: Mapping[str, float],
     recipe_yaml: str,
     bounds: Mapping[str, float] | None = None,
+    recoveries: Mapping[str, Recovery] | None = None,
 ) -> str:
     """Return the report of a run as Markdown.
 
@@ -46,26 +51,34 @@ def render_report(
         calibration_tokens_per_s: per bucket.
         recipe_yaml: the recipe as resolved.
         bounds: by bucket, how much its loss was allowed to rise; None where the budget was a size.
+        recoveries: trainings by the name of their row; None where nothing was trained.
     """
-    tables = [result_table(evaluation), cut_table(plan)]
+    asked = choices_table(evaluation)
+    tables = [result_table(evaluation), *([asked] if asked.rows else []), cut_table(plan)]
     if plan.vocabulary is not None:
         tables += [attribution_table(evaluation), segmentation_table(evaluation), vocabulary_table(plan.vocabulary)]
     tables += [
         parts_table(plan.parameters_dense, plan.parameters_pruned),
         evidence_table(evaluation),
+        *([choices_evidence_table(evaluation)] if asked.rows else []),
         speed_table(evaluation, calibration_tokens_per_s),
     ]
+    if recoveries:
+        tables.append(curve_table(recoveries))
     if plan.layers:
         tables.append(plan_table(plan))
     notes = "".join(f"- {note}\n" for note in plan.notes)
     versions = ", ".join(f"{name} {version}" for name, version in manifest["versions"].items())
     counted = " or counted" if plan.vocabulary else ""
+    counted += " or trained on" if recoveries else ""
+    trainings = "".join(f"- {describe_recovery(recovery)}\n" for recovery in (recoveries or {}).values())
     return (
         f"# {model_name}, pruned for {', '.join(domains)}\n\n"
         f"{verdict(evaluation, domains, bounds)}\n\n"
         f"{describe_choice(plan)} All numbers are from documents that were not calibrated on{counted}.\n\n"
         + (f"{SEGMENTATION_NOTE}\n\n" if plan.vocabulary else "")
         + (f"{notes}\n" if notes else "")
+        + (f"{trainings}\n" if trainings else "")
         + "\n".join(_section(table) for table in tables)
         + "\n## How this was made\n\n"
         f"Model fingerprint `{manifest['model_fingerprint']}`; {versions}.\n\n"

@@ -6,14 +6,17 @@ import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
+from secateur.records.choices import ChoicesScore
 from secateur.records.evaluation import (
     CONFIDENCE_95,
     Evaluation,
     ModelScore,
     PairedDifference,
     TextScore,
+    paired_accuracy,
     paired_bits_per_byte,
     paired_difference,
+    paired_margin,
     relative_rise,
 )
 from secateur.records.plan import Plan, VocabularyPlan, format_ranges
@@ -126,6 +129,48 @@ def evidence_table(evaluation: Evaluation) -> Table:
         ["bucket", "documents", "predicted tokens", "bytes", "excluded (seen in calibration)", "fingerprint"],
         rows,
     )
+
+
+def choices_table(evaluation: Evaluation) -> Table:
+    """Return how every model answered every set of questions; no rows where none were asked.
+
+    Differences are to the dense model, paired by question. The first row of a set is what guessing would give.
+    """
+    dense = next(iter(evaluation.models.values()))
+    columns = ["questions", "model", "acc (%)", "to dense", "acc_norm (%)", "to dense", "margin (nats)", "to dense"]
+    rows = []
+    for name, reference in dense.choices.items():
+        chance = f"{100 * reference.chance:.1f}"
+        rows.append([name, "guessing", chance, "", chance, "", "", ""])
+        for model in evaluation.models.values():
+            if name in model.choices:
+                rows.append([name, model.name, *_answers(model.choices[name], reference)])
+    return Table("multiple choice (± one standard error)", columns, rows)
+
+
+def _answers(score: ChoicesScore, dense: ChoicesScore) -> list[str]:
+    shares = [
+        (100, score.acc, score.acc_stderr, paired_accuracy(score, dense)),
+        (100, score.acc_norm, score.acc_norm_stderr, paired_accuracy(score, dense, norm=True)),
+        (1, score.margin, score.margin_stderr, paired_margin(score, dense)),
+    ]
+    cells = []
+    for scale, value, error, change in shares:
+        cells.append(with_error(scale * value, scale * error))
+        sign = "+" if change.mean > 0 else ""
+        is_same = score is dense
+        cells.append("" if is_same else sign + with_error(scale * change.mean, scale * change.stderr))
+    return cells
+
+
+def choices_evidence_table(evaluation: Evaluation) -> Table:
+    """Return how many questions were asked of each set, and how."""
+    dense = next(iter(evaluation.models.values()))
+    rows = [
+        [name, f"{score.num_items:,}", f"{score.chance:.1%}", f"{score.num_truncated:,}", score.fingerprint[:12]]
+        for name, score in dense.choices.items()
+    ]
+    return Table("questions", ["questions", "asked", "chance", "prompts cut to fit", "fingerprint"], rows)
 
 
 _PARTS_OF = {
@@ -268,20 +313,39 @@ def speed_table(evaluation: Evaluation, calibration_tokens_per_s: Mapping[str, f
     rows = [[f"calibrate {bucket}", f"{speed:,.0f}"] for bucket, speed in calibration_tokens_per_s.items() if speed]
     for model in evaluation.models.values():
         rows += [[f"evaluate {model.name} on {b}", f"{s.tokens_per_s:,.0f}"] for b, s in model.text.items()]
+        rows += [[f"ask {model.name} {name}", f"{s.tokens_per_s:,.0f}"] for name, s in model.choices.items()]
     return Table("speed of this run", ["pass", "tokens/s"], rows)
+
+
+_BESIDE = {
+    "pruned": "without recovery",
+    "random": "random pruning at the same size",
+    "random_recovered": "the same, after recovery",
+}
+"""What else a verdict names, and how."""
 
 
 def verdict(evaluation: Evaluation, domains: Sequence[str], bounds: Mapping[str, float] | None = None) -> str:
     """Return one sentence per domain (smaller by how much, at what loss, against random) and one per bound."""
-    dense, pruned = evaluation.models["dense"], evaluation.models["pruned"]
-    random = evaluation.models.get("random")
+    models = evaluation.models
+    dense, pruned = models["dense"], models["pruned"]
     smaller = 1 - pruned.total_parameters / dense.total_parameters
     sentences = []
     for bucket in domains:
-        ratio = _ratio_to_dense(pruned.text[bucket], dense.text[bucket])
-        text = f"{smaller:.1%} fewer parameters; perplexity on held-out {bucket} text is {ratio} x the dense model's"
-        if random is not None:
-            text += f" (random pruning at the same size: {_ratio_to_dense(random.text[bucket], dense.text[bucket])} x)"
+        best = models.get("recovered", pruned)
+        ratio = _ratio_to_dense(best.text[bucket], dense.text[bucket])
+        trained = ", after recovery," if best is not pruned else ""
+        text = f"{smaller:.1%} fewer parameters; perplexity on held-out {bucket} text{trained} is {ratio} x the dense "
+        text += "model's"
+        if best is not pruned and "dense_finetuned" in models:
+            other = models["dense_finetuned"].text[bucket]
+            text += f" and {_ratio_to_dense(best.text[bucket], other)} x that of the dense model trained alike"
+        aside = [
+            f"{words}: {_ratio_to_dense(models[name].text[bucket], dense.text[bucket])} x"
+            for name, words in _BESIDE.items()
+            if name in models and models[name] is not best
+        ]
+        text += f" ({'; '.join(aside)})" if aside else ""
         sentences.append(text + ".")
     for bucket, bound in (bounds or {}).items():
         sentences.append(_bound_verdict(bucket, bound, relative_rise(pruned.text[bucket], dense.text[bucket])))

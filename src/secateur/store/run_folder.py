@@ -24,14 +24,16 @@ class RunFolder:
     Attributes:
         path: the folder.
         manifest: stages with keys and timings, versions, fingerprints and seeds.
+        read_only: whether nothing is written, because another process of the same run does.
     """
 
-    def __init__(self, path: Path, manifest: dict[str, Any]) -> None:
+    def __init__(self, path: Path, manifest: dict[str, Any], *, read_only: bool = False) -> None:
         self.path = path
         self.manifest = manifest
+        self.read_only = read_only
 
     @classmethod
-    def open(cls, path: Path) -> RunFolder:
+    def open(cls, path: Path, *, read_only: bool = False) -> RunFolder:
         """Return the run folder at ``path``; nothing is written before the first result.
 
         Raises:
@@ -41,18 +43,19 @@ class RunFolder:
             raise ExportError(f"output {path} is a file. Choose another output folder.")
         manifest = _own_manifest(path)
         if manifest is not None:
-            return cls(path, manifest)
+            return cls(path, manifest, read_only=read_only)
         if path.is_dir() and any(path.iterdir()):
             first = sorted(item.name for item in path.iterdir())[0]
             raise ExportError(
                 f"output folder {path} is not empty and is not a run of secateur (it holds {first}). "
                 "Choose another output, or empty it."
             )
-        return cls(path, {"schema_version": MANIFEST_VERSION, "stages": {}})
+        return cls(path, {"schema_version": MANIFEST_VERSION, "stages": {}}, read_only=read_only)
 
     def save(self) -> None:
         """Write the manifest."""
-        write_json(self.path / "manifest.json", self.manifest)
+        if not self.read_only:
+            write_json(self.path / "manifest.json", self.manifest)
 
     def describe(self, **facts: Any) -> None:
         """Record facts about the whole run: versions, fingerprints, seeds."""
@@ -95,7 +98,8 @@ class RunFolder:
 
     def write_text(self, name: str, text: str) -> Path:
         """Write a text file of the run."""
-        write_text(self.path / name, text)
+        if not self.read_only:
+            write_text(self.path / name, text)
         return self.path / name
 
 

@@ -16,15 +16,27 @@ from secateur.records.blocks import BlockBatch
 
 
 def model_inputs(batch: BlockBatch, family: Family, model: nn.Module) -> dict[str, Any]:
-    """Return the keyword arguments that make ``model`` read a packed batch piece by piece.
+    """Return the keyword arguments that make ``model`` read a packed batch piece by piece."""
+    return packed_inputs(batch.input_ids, batch.position_ids, family, next(model.parameters()))
+
+
+def packed_inputs(
+    input_ids: Int64[Tensor, "batch seq"], position_ids: Int64[Tensor, "batch seq"], family: Family, weight: Tensor
+) -> dict[str, Any]:
+    """Return the keyword arguments that make a model read packed token ids piece by piece.
 
     Positions restart at every piece. Most families tell pieces apart by those restarts; families whose forward does
     not look get an explicit mask.
+
+    Args:
+        input_ids: the tokens.
+        position_ids: position within the piece, from 0.
+        family: of the model.
+        weight: any parameter of the model, for its device and dtype.
     """
-    weight = next(model.parameters())
     inputs: dict[str, Any] = {
-        "input_ids": batch.input_ids.to(weight.device),
-        "position_ids": batch.position_ids.to(weight.device),
+        "input_ids": input_ids.to(weight.device),
+        "position_ids": position_ids.to(weight.device),
         "use_cache": False,
     }
     if family.packing == "mask":

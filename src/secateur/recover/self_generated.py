@@ -1,0 +1,275 @@
+"""The dense model's own answers to the domain's prompts, to train the pruned model on; no packing, no training.
+
+What the dense model writes itself is text that it finds likely, so that learning it moves the pruned model back to
+where it came from instead of elsewhere.
+Source: Z. Yang et al., "Self-distillation bridges distribution gap in language model fine-tuning", 2024, arXiv
+2402.13669. Where we differ: there the model rewrites given answers; here it answers the prompts alone.
+
+Answers go to a file of JSON lines, one per prompt, as soon as their batch is done, so that a killed run goes on where
+it stopped.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+from collections.abc import Collection, Iterator, Sequence
+from contextlib import contextmanager
+from pathlib import Path
+from typing import IO, Any
+
+import torch
+from jaxtyping import Int64
+from torch import Tensor
+
+from secateur.errors import ConfigError, CorpusError
+from secateur.progress import Progress, silent
+from secateur.recipe import ResponsesSpec
+from secateur.records.responses import Response, Responses
+from secateur.store.artifacts import digest
+from secateur.store.tokenizers import encode
+
+FORMAT_VERSION = 1
+"""Of the file; another one makes an older file start again."""
+
+_PADDING_ID = 0
+"""Stands where attention does not look: any id will do, and this one every vocabulary has."""
+
+
+def generate_responses(
+    model: Any,
+    tokenizer: Any,
+    prompts: Sequence[str],
+    spec: ResponsesSpec,
+    *,
+    seed: int,
+    file: Path,
+    key: str,
+    max_prompt_tokens: int | None = None,
+    progress: Progress = silent,
+) -> Responses:
+    """Return what ``model`` answers to the prompts, from ``file`` as far as that has them.
+
+    Temperature 0 takes the likeliest token each time. Otherwise tokens are drawn from the model's own probabilities at
+    that temperature: the checkpoint's defaults for top-k, top-p or penalties are put aside. Draws depend on the seed
+    and on which prompts are in a batch, not on where an earlier run stopped.
+
+    Args:
+        model: a transformers causal language model, on its device; it is put into evaluation mode.
+        tokenizer: its tokenizer.
+        prompts: in an order that is the same in every run.
+        spec: lengths, temperature, batch size, and whether the prompts go through the chat template.
+        seed: of the draws.
+        file: the JSON lines; written while the answers come. One that was made otherwise is replaced.
+        key: what identifies the model and the prompts' source; prompts, spec and seed are looked at here.
+        max_prompt_tokens: longer prompts are passed over, such as those that leave no room in a block, or none for the
+            answer in a model with learned positions; None asks all.
+        progress: told about finished prompts.
+
+    Raises:
+        ConfigError: a chat template is asked for and the tokenizer has none.
+        CorpusError: no prompt is short enough, or the model answers nothing to any.
+    """
+    require_chat_template(tokenizer, spec)
+    asked = [_Asked(index, *_encoded(tokenizer, prompt, spec.chat)) for index, prompt in enumerate(prompts)]
+    fitting = [a for a in asked if a.ids and (max_prompt_tokens is None or len(a.ids) <= max_prompt_tokens)]
+    if not fitting:
+        shortest = min((len(a.ids) for a in asked), default=0)
+        raise CorpusError(
+            f"none of the {len(prompts)} prompts can be asked: at most {max_prompt_tokens} tokens fit, and the "
+            f"shortest has {shortest}. Raise calibrate.block_size, or shorten recover.responses.prompt."
+        )
+    header = {
+        "version": FORMAT_VERSION,
+        "key": digest(key, list(prompts), spec.model_dump(), seed, max_prompt_tokens),
+    }
+    found = {response.index: response for response in _resume(file, header)}
+    ends = _end_ids(model, tokenizer)
+    with progress("answer prompts", len(fitting), "prompts") as task, file.open("a", encoding="utf-8") as lines:
+        task.advance(len(found))
+        for first in range(0, len(fitting), spec.batch_size):
+            batch = fitting[first : first + spec.batch_size]
+            missing = [a for a in batch if a.index not in found]
+            if not missing:
+                continue
+            written = _generate(model, batch, spec, ends, seed=(seed + first) % 2**63)
+            for a, ids in zip(batch, written, strict=True):
+                if a.index not in found:
+                    found[a.index] = response = _response(a, ids, ends, tokenizer)
+                    _write_line(lines, response.to_dict())
+            task.advance(len(missing))
+    answered = tuple(found[a.index] for a in fitting if not found[a.index].is_empty)
+    if not answered:
+        raise CorpusError(
+            f"the model answers nothing to any of {len(fitting)} prompts. Check recover.responses.prompt: it should "
+            "end where the answer begins; for a chat model set chat: true."
+        )
+    return Responses(
+        responses=answered,
+        num_empty=len(fitting) - len(answered),
+        num_too_long=len(prompts) - len(fitting),
+        num_unended=sum(not response.ended for response in answered),
+    )
+
+
+def require_chat_template(tokenizer: Any, spec: ResponsesSpec) -> None:
+    """Raise ConfigError if the prompts are to go through a chat template and the tokenizer has none."""
+    if spec.chat and not getattr(tokenizer, "chat_template", None):
+        raise ConfigError(
+            "recover.responses.chat is true, but the tokenizer has no chat template: the model is not a chat model. "
+            "Set chat: false and write the prompt out, for example 'Question: {question}\\nAnswer:'."
+        )
+
+
+class _Asked:
+    """A prompt in tokens."""
+
+    def __init__(self, index: int, text: str, ids: list[int], num_prefix: int) -> None:
+        self.index = index
+        self.text = text
+        self.ids = ids
+        self.num_prefix = num_prefix
+
+
+def _encoded(tokenizer: Any, prompt: str, chat: bool) -> tuple[str, list[int], int]:
+    """Return the prompt as the model reads it, its tokens, and how many of them come before its text.
+
+    What a tokenizer puts after a text, such as an EOS, is left out: an answer is to follow. A chat template writes its
+    special tokens itself.
+    """
+    if chat:
+        messages = [{"role": "user", "content": prompt}]
+        text = tokenizer.apply_chat_template(messages, tokenize=False, add_generation_prompt=True)
+        return text, encode(tokenizer, text), 0
+    bare, full = encode(tokenizer, prompt), encode(tokenizer, prompt, add_special_tokens=True)
+    starts = (start for start in range(len(full) - len(bare) + 1) if full[start : start + len(bare)] == bare)
+    num_prefix = next(starts, 0)
+    return prompt, full[: num_prefix + len(bare)], num_prefix
+
+
+def _end_ids(model: Any, tokenizer: Any) -> list[int]:
+    """Return the ids that end a text: those of the model's generation settings and the tokenizer's own."""
+    configured = model.generation_config.eos_token_id
+    ids = list(configured) if isinstance(configured, list | tuple) else [configured]
+    return sorted({int(token) for token in (*ids, tokenizer.eos_token_id) if token is not None})
+
+
+def _generate(
+    model: Any, batch: Sequence[_Asked], spec: ResponsesSpec, ends: Sequence[int], *, seed: int
+) -> list[list[int]]:
+    """Return the new tokens of each prompt, up to and with the first that ends a text.
+
+    In float64 prompts are not padded but run one by one: the mask's least number is infinite in the float32 in which
+    some attention implementations take their softmax, and padding would come out as NaN.
+    """
+    weight = next(model.parameters())
+    rows = [a.ids for a in batch]
+    parts = [[row] for row in rows] if weight.dtype == torch.float64 else [rows]
+    written: list[list[int]] = []
+    model.eval()
+    with torch.inference_mode(), _drawing(seed, weight.device), _plain_generation(model, spec, ends):
+        for part in parts:
+            ids, mask = _left_padded(part)
+            output = model.generate(input_ids=ids.to(weight.device), attention_mask=mask.to(weight.device))
+            written += [_until_end(row, ends) for row in output[:, ids.shape[1] :].tolist()]
+    return written
+
+
+def _left_padded(rows: Sequence[Sequence[int]]) -> tuple[Int64[Tensor, "batch seq"], Int64[Tensor, "batch seq"]]:
+    """Return the rows as one tensor that they end together in, and where its real tokens are."""
+    width = max(len(row) for row in rows)
+    ids = torch.full((len(rows), width), _PADDING_ID)
+    mask = torch.zeros((len(rows), width), dtype=torch.int64)
+    for place, row in enumerate(rows):
+        ids[place, width - len(row) :] = torch.tensor(list(row))
+        mask[place, width - len(row) :] = 1
+    return ids, mask
+
+
+def _until_end(ids: list[int], ends: Collection[int]) -> list[int]:
+    stop = next((place + 1 for place, token in enumerate(ids) if token in ends), len(ids))
+    return ids[:stop]
+
+
+@contextmanager
+def _plain_generation(model: Any, spec: ResponsesSpec, ends: Sequence[int]) -> Iterator[None]:
+    """Let the model generate without its own settings, which would add to those given; they come back at the end."""
+    from transformers import GenerationConfig
+
+    before = model.generation_config
+    sampling = {"do_sample": True, "temperature": spec.temperature, "top_k": 0} if spec.temperature else {}
+    model.generation_config = GenerationConfig(
+        max_new_tokens=spec.max_new_tokens,
+        eos_token_id=list(ends) or None,
+        pad_token_id=ends[0] if ends else _PADDING_ID,
+        use_cache=True,
+        **sampling,
+    )
+    try:
+        yield
+    finally:
+        model.generation_config = before
+
+
+@contextmanager
+def _drawing(seed: int, device: torch.device) -> Iterator[None]:
+    """Draw from a seed, and leave the process's own random numbers as they were."""
+    devices = [device] if device.type not in ("cpu", "mps") else []
+    with torch.random.fork_rng(devices, device_type=device.type if devices else "cuda"):
+        torch.manual_seed(seed)
+        yield
+
+
+def _response(asked: _Asked, ids: Sequence[int], ends: Collection[int], tokenizer: Any) -> Response:
+    ended = bool(ids) and ids[-1] in ends
+    text = tokenizer.decode(ids[:-1] if ended else ids, skip_special_tokens=True, clean_up_tokenization_spaces=False)
+    return Response(
+        index=asked.index,
+        prompt=asked.text,
+        text=text,
+        prompt_ids=tuple(asked.ids),
+        response_ids=tuple(ids),
+        num_prefix=asked.num_prefix,
+        ended=ended,
+    )
+
+
+def _resume(file: Path, header: dict[str, Any]) -> list[Response]:
+    """Return the answers that are whole in the file, and cut it after them; start it where it has another header."""
+    whole = _whole_lines(file)
+    responses: list[Response] = []
+    size = 0
+    if whole and _parsed(whole[0]) == header:
+        size = len(whole[0])
+        for line in whole[1:]:
+            try:
+                responses.append(Response.from_dict(_parsed(line) or {}))
+            except (KeyError, TypeError, ValueError):
+                break
+            size += len(line)
+    if size:
+        os.truncate(file, size)
+    else:
+        file.parent.mkdir(parents=True, exist_ok=True)
+        file.write_text(json.dumps(header) + "\n", encoding="utf-8")
+    return responses
+
+
+def _whole_lines(file: Path) -> list[bytes]:
+    """Return the lines that were written to their end, ends included."""
+    if not file.is_file():
+        return []
+    return [line for line in file.read_bytes().splitlines(keepends=True) if line.endswith(b"\n")]
+
+
+def _parsed(line: bytes) -> dict[str, Any] | None:
+    try:
+        data = json.loads(line)
+    except ValueError:
+        return None
+    return data if isinstance(data, dict) else None
+
+
+def _write_line(lines: IO[str], data: dict[str, Any]) -> None:
+    lines.write(json.dumps(data) + "\n")
+    lines.flush()
