@@ -411,7 +411,8 @@ class RecoveryStage:
         keep = None if teacher.keep is None else torch.tensor(teacher.keep)
         if spec.cached_logits is None:
             return Distillation(teacher.model(), self.family, spec, keep, list(teacher.layers))
-        key = digest(self._text_key, teacher.keep, spec.cached_logits, spec.temperature)
+        trained = self.training_key(FINETUNED, None, "") if spec.teacher == FINETUNED else ""
+        key = digest(self._text_key, teacher.keep, spec.cached_logits, spec.temperature, trained)
         folder = self.folder.path / "recovery" / "teacher" / key[:16]
         cache = cache_teacher(teacher.model(), self.family, examples, keep, spec, folder, key, self.progress)
         return CachedDistillation(self.family, spec, cache)

@@ -205,7 +205,8 @@ class CachedDistillation:
                 )
             parts.append(part)
         columns = ([getattr(part, name) for part in parts] for name in ("values", "indices", "log_rest"))
-        return TopClasses(*(torch.cat(column).to(device) for column in columns))
+        with torch.autocast("cpu", enabled=False):  # it does not know float16 on a CPU
+            return TopClasses(*(torch.cat(column).to(device) for column in columns))
 
 
 def cache_teacher(

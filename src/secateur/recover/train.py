@@ -8,8 +8,9 @@ from __future__ import annotations
 
 import copy
 import math
+import os
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager, nullcontext
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from pathlib import Path
 from typing import Any
 
@@ -102,8 +103,8 @@ def train(
         options: how. ``batch_size`` is blocks per process and forward pass.
         family: of the model.
         name: of the trained model's row.
-        folder: for checkpoints, this training's own. Each takes about 12 bytes per trained parameter, and there are
-            at most three for a moment.
+        folder: for checkpoints, this training's own, and the same for all processes. Each takes about 12 bytes per
+            trained parameter, and there are at most three for a moment.
         probe: evaluates a model on held-out text; it must not change the model and is called on every process.
         domains: the buckets of ``probe``'s losses that count.
         target: ends the training at the first evaluation whose domain loss is at most this, in nats per token.
@@ -122,8 +123,7 @@ def train(
     if is_float64(model) and options.precision == "auto":
         precision = "no"
     widen_(model)
-    single = torch.cuda.device(device) if device.type == "cuda" else nullcontext()
-    with explained(options, examples.block_size, folder), preserved_rng(), single, _ready(model, options):
+    with explained(options, examples.block_size, folder), preserved_rng(), _on(device), _ready(model, options):
         trained = model if options.lora is None else add_lora(model, options.lora, family, options.seed)
         if options.gradient_checkpointing:
             _newest(model, "checkpointing_enable")({"use_reentrant": False})
@@ -141,6 +141,12 @@ def train(
             target=target,
             progress=progress,
         )
+
+
+def _on(device: torch.device) -> AbstractContextManager[Any]:
+    """Make a GPU the one that Trainer takes; of several processes each is given its own by accelerate."""
+    alone = int(os.environ.get("WORLD_SIZE", "1")) == 1
+    return torch.cuda.device(device) if device.type == "cuda" and alone else nullcontext()
 
 
 @contextmanager
@@ -162,7 +168,7 @@ def _ready(model: Any, options: RecoverSpec) -> Iterator[None]:
 
 
 def _newest(model: Any, name: str) -> Callable[..., None]:
-    """Return a method of transformers' models by its present name, or the one it had before release 5.20."""
+    """Return a method of transformers' models by its present name, or its former one."""
     method: Callable[..., None] = getattr(model, f"activation_{name}", None) or getattr(model, f"gradient_{name}")
     return method
 
@@ -224,10 +230,11 @@ def _train(
                 trainer.start()
             if course.stopped is None:
                 trainer.train(resume_from_checkpoint=str(checkpoints.place(step)) if step else None)
-            trainer.accelerator.wait_for_everyone()
+            _wait_for_everyone()
     best = best_step(course.points, domains)
     result = model if spare is None else spare
     load_weights(result, checkpoints.read_weights(best))
+    _wait_for_everyone()  # before the caller may delete the checkpoints
     if options.lora is not None:
         result = merge_lora(result)
     assert course.stopped is not None
@@ -287,6 +294,12 @@ def _arguments(options: RecoverSpec, device: torch.device, precision: MixedPreci
 def _leaves_the_head_out(options: RecoverSpec) -> bool:
     """Return whether the model's last parameters may get no gradient, which several processes must be told."""
     return options.method == "distill" and not (options.distill.logits_weight or options.distill.text_weight)
+
+
+def _wait_for_everyone() -> None:
+    from accelerate import PartialState  # type: ignore[import-untyped]
+
+    PartialState().wait_for_everyone()
 
 
 def _from_main(ask: Callable[[], int | None]) -> int | None:

@@ -11,7 +11,7 @@ import pytest
 
 from secateur.cli import console
 from secateur.cli.console import describe_rate, print_json, print_table, progress_for
-from secateur.progress import silent
+from secateur.progress import say, silent
 from secateur.report.tables import Table
 
 
@@ -79,6 +79,29 @@ def test_a_log_gets_a_line_when_something_starts_and_now_and_then(
         "calibrate: 1,200/3,000 tokens, 100 tokens/s, 0:18 left",
         "calibrate: 2,200/3,000 tokens, 100 tokens/s, 0:08 left",
     ]
+
+
+def test_what_a_task_says_stands_beside_its_label(
+    capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """In the next line of a log, and at once on a terminal; always the last thing said."""
+    now = [100.0]
+    monkeypatch.setattr(console.time, "perf_counter", lambda: now[0])
+    with progress_for(as_json=False, quiet=False) as progress, progress("train", 300, "tokens") as task:
+        say(task, "loss 3.2")
+        say(task, "loss 3.1")
+        now[0] += 2.0
+        task.advance(100)
+    assert capsys.readouterr().err.splitlines()[1] == "train (loss 3.1): 100/300 tokens, 50 tokens/s, 0:04 left"
+
+    terminal = Terminal()
+    monkeypatch.setattr(sys, "stderr", terminal)
+    monkeypatch.setenv("TERM", "xterm")
+    monkeypatch.setenv("COLUMNS", "160")
+    with progress_for(as_json=False, quiet=False) as progress, progress("train", 300, "tokens") as task:
+        say(task, "loss 2.5")
+        task.advance(300)
+    assert "train (loss 2.5)" in terminal.getvalue()
 
 
 class Terminal(io.StringIO):

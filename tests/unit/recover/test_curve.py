@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from itertools import pairwise
 
 from hypothesis import given
 from hypothesis import strategies as st
@@ -32,7 +33,7 @@ def test_evaluations_are_spread_evenly_and_include_the_last_step(num_steps: int,
     steps = [0, *sorted(evaluation_steps(num_steps, evaluations))]
     assert steps[-1] == num_steps
     assert len(steps) - 1 == min(evaluations, num_steps)
-    assert max(b - a for a, b in zip(steps, steps[1:], strict=False)) <= num_steps / evaluations + 1
+    assert max(after - before for before, after in pairwise(steps)) <= num_steps / evaluations + 1
 
 
 def test_the_best_step_has_the_least_mean_over_the_domain() -> None:

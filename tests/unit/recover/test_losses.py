@@ -270,7 +270,7 @@ def test_half_precision_gradients_are_rounded_once(dtype: torch.dtype, wanted: T
     found = gradient(lambda logits: scale * distillation_loss(logits, teacher, wanted), student)
     exact = gradient(lambda logits: scale * brute_kl(logits, teacher.double(), wanted), student.double())
     assert found.dtype == dtype
-    assert exact.abs().max() / scale < 1e-5
+    assert exact.abs().max() / scale < 2e-5
     assert float((found.double() - exact).norm() / exact.norm()) < 2 * torch.finfo(dtype).eps
 
 

@@ -380,3 +380,13 @@ def test_what_cannot_be_right_is_refused(tmp_path: Path) -> None:
         CachedDistillation(LLAMA, DistillSpec(hidden_weight=1.0), TeacherLogits(tmp_path, "key"))
     with pytest.raises(ConfigError, match=r"cached_logits is not set"):
         cache_teacher(dense, LLAMA, examples_of(), None, spec, tmp_path, "dense")
+
+
+def test_a_cache_serves_a_training_in_mixed_precision(tmp_path: Path) -> None:
+    """What is stored in float16 is read in the midst of bfloat16 autocast, and the loss is the same within rounding."""
+    dense, examples, spec = pico_model(LLAMA, torch.float32), examples_of(), DistillSpec(cached_logits=8)
+    cached = CachedDistillation(LLAMA, spec, cache_teacher(dense, LLAMA, examples, None, spec, tmp_path, "dense"))
+    student, batch = nudge(copy.deepcopy(dense)), batch_of(examples)
+    exact = float(cached(student, batch))
+    with torch.autocast("cpu", torch.bfloat16):
+        assert float(cached(student, batch)) == pytest.approx(exact, rel=0.05)

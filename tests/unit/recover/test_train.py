@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-import importlib.util
+import gc
 import json
 import math
 import random
@@ -18,10 +18,13 @@ import numpy as np
 import pytest
 import torch
 from torch import Tensor
+from transformers import TrainerCallback, integrations
+from transformers.integrations import integration_utils
 
 from secateur.errors import ConfigError, ExportError, RecoveryError
 from secateur.families.loader import families
 from secateur.progress import Task
+from secateur.records.recovery import Recovery
 from secateur.recover import forget
 from secateur.recover.batch import TrainingBatch
 from secateur.recover.checkpoints import Checkpoints
@@ -47,6 +50,15 @@ from tests.training import (
 REPOSITORY = Path(__file__).parents[3]
 
 
+@pytest.fixture(scope="module", autouse=True)
+def _little_to_collect() -> Iterator[None]:
+    """Keep the collector, which every training runs once, from looking through all that the tests have imported."""
+    gc.collect()
+    gc.freeze()
+    yield
+    gc.unfreeze()
+
+
 def weights(model: Any) -> Tensor:
     """Return all parameters as one vector."""
     return torch.cat([parameter.detach().flatten() for parameter in model.parameters()])
@@ -61,6 +73,7 @@ class Hitting:
         self._inner, self._call, self._happens, self._calls = NextToken(LLAMA), call, happens, 0
 
     def __call__(self, model: Any, batch: TrainingBatch) -> Tensor:
+        """Return the loss, or what happens to it."""
         self._calls += 1
         loss = self._inner(model, batch)
         return self._happens(loss) if self._calls >= self._call else loss
@@ -76,13 +89,16 @@ class Listener:
 
     @contextmanager
     def __call__(self, label: str, total: int | None, unit: str) -> Iterator[Task]:
+        """Note the task, of which this is the listener too."""
         self.tasks.append((label, total, unit))
         yield self
 
     def advance(self, amount: int) -> None:
+        """Count."""
         self.tokens += amount
 
     def say(self, text: str) -> None:
+        """Note."""
         self.said.append(text)
 
 
@@ -163,6 +179,22 @@ def test_a_training_says_nothing_on_the_console(tmp_path: Path, capfd: pytest.Ca
     """Only to its progress."""
     run_training(tmp_path, spec(lora=True, gradient_checkpointing=True))
     assert capfd.readouterr() == ("", "")
+
+
+def test_reporters_are_told_the_losses(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Those of training with the learning rate, and those of every evaluation, by step."""
+    told: dict[str, list[int]] = {}
+
+    class Reporter(TrainerCallback):  # type: ignore[misc]  # transformers has no types
+        def on_log(self, args: Any, state: Any, control: Any, logs: dict[str, float], **kwargs: Any) -> None:
+            for name in logs:
+                told.setdefault(name, []).append(state.global_step)
+
+    monkeypatch.setitem(integration_utils.INTEGRATION_TO_CALLBACK, "neptune", Reporter)
+    monkeypatch.setattr(integrations, "get_available_reporting_integrations", lambda: ["neptune"])
+    run_training(tmp_path, spec(report_to=["neptune"]))
+    assert told["validation/medical"] == [0, 3, 6, 9, 12]
+    assert told["loss"] == told["learning_rate"] == [*range(1, 13)]
 
 
 # -- what comes back ---------------------------------------------------------------------------------------------------
@@ -259,24 +291,19 @@ def test_probing_does_not_change_the_training(tmp_path: Path) -> None:
     assert other.points == recovery.points
 
 
-def test_the_callers_random_numbers_go_on_as_they_would_have(tmp_path: Path) -> None:
-    """And the seed alone decides the training's."""
+def test_the_seed_alone_decides_the_random_numbers(tmp_path: Path) -> None:
+    """Those of the caller go on as they would have."""
 
-    def drawn() -> tuple[float, float, float]:
-        return random.random(), float(np.random.rand()), float(torch.rand(()))
+    def train(name: str, seed: int) -> Tensor:
+        return weights(run_training(tmp_path / name, spec(lora={"dropout": 0.3}, epochs=1, seed=seed))[0])
 
-    def seeded() -> None:
-        random.seed(9), np.random.seed(9), torch.manual_seed(9)
-
-    seeded()
-    wished = drawn()
-    seeded()
-    model, _ = run_training(tmp_path / "a", spec(lora={"dropout": 0.3}, epochs=1))
-    assert drawn() == wished
-    again, _ = run_training(tmp_path / "b", spec(lora={"dropout": 0.3}, epochs=1))
-    other, _ = run_training(tmp_path / "c", spec(lora={"dropout": 0.3}, epochs=1, seed=1))
-    assert torch.equal(weights(model), weights(again))
-    assert not torch.equal(weights(model), weights(other))
+    torch.manual_seed(9)
+    wished = torch.rand(3)
+    torch.manual_seed(9)
+    first = train("a", 0)
+    assert torch.equal(torch.rand(3), wished)
+    assert torch.equal(train("b", 0), first)
+    assert not torch.equal(train("c", 1), first)
 
 
 # -- formats -----------------------------------------------------------------------------------------------------------
@@ -412,21 +439,30 @@ def cut_off_writing(step: int, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(Checkpoints, "complete", cut)
 
 
-@pytest.mark.parametrize("cut", [cut_off_at, cut_off_writing])
-@pytest.mark.parametrize("step", [3, 6, 8, 9, 12])
+@pytest.fixture(scope="module")
+def uninterrupted(tmp_path_factory: pytest.TempPathFactory) -> tuple[Tensor, Recovery]:
+    """The weights and the curve of the training that was never cut off."""
+    model, recovery = run_training(tmp_path_factory.mktemp("whole"), spec(**DROPPING))
+    return weights(model), recovery
+
+
+@pytest.mark.parametrize(
+    ("cut", "step"),
+    [(cut_off_at, 2), (cut_off_at, 8), (cut_off_at, 11), (cut_off_writing, 9), (cut_off_writing, 12)],
+)
 def test_a_training_that_was_cut_off_ends_as_if_it_had_not_been(
-    step: int, cut: Callable[[int, pytest.MonkeyPatch], None], tmp_path: Path
+    cut: Callable[[int, pytest.MonkeyPatch], None],
+    step: int,
+    uninterrupted: tuple[Tensor, Recovery],
+    tmp_path: Path,
 ) -> None:
-    """At an evaluation or between two, in the middle of an epoch or at its end: same weights, same curve."""
-    options = spec(**DROPPING)
-    if cut is cut_off_writing and step == 8:
-        pytest.skip("no checkpoint is written there")
-    whole, recovery = run_training(tmp_path / "whole", options)
+    """Before the first evaluation, after one at an epoch's end, after one inside an epoch, and while writing."""
+    wished, recovery = uninterrupted
     with pytest.MonkeyPatch.context() as patch, pytest.raises(CutOff):
         cut(step, patch)
-        run_training(tmp_path / "parts", options)
-    model, other = run_training(tmp_path / "parts", options)
-    assert torch.equal(weights(model), weights(whole))
+        run_training(tmp_path, spec(**DROPPING))
+    model, other = run_training(tmp_path, spec(**DROPPING))
+    assert torch.equal(weights(model), wished)
     assert other.points == recovery.points
     assert other.stopped == recovery.stopped
 
@@ -545,20 +581,21 @@ def run_script(*arguments: object, prefix: tuple[str, ...] = ()) -> subprocess.C
 
 @pytest.mark.slow
 @pytest.mark.parametrize(("moment", "step"), [("between", 8), ("writing", 9)])
-def test_a_killed_process_costs_nothing_but_time(moment: str, step: int, tmp_path: Path) -> None:
+def test_a_killed_process_costs_nothing_but_time(
+    moment: str, step: int, uninterrupted: tuple[Tensor, Recovery], tmp_path: Path
+) -> None:
     """SIGKILL between two checkpoints or in the middle of writing one: the same call ends with the same weights."""
     (tmp_path / "killed.py").write_text(KILLED.format(options=DROPPING))
     done = run_script(tmp_path / "killed.py", tmp_path / "parts", moment, step)
     assert done.returncode == -signal.SIGKILL, done.stderr
     assert any((tmp_path / "parts").iterdir())
-    whole, recovery = run_training(tmp_path / "whole", spec(**DROPPING))
+    wished, recovery = uninterrupted
     model, other = run_training(tmp_path / "parts", spec(**DROPPING))
-    torch.testing.assert_close(weights(model), weights(whole))
+    torch.testing.assert_close(weights(model), wished)
     assert [point.step for point in other.points] == [point.step for point in recovery.points]
 
 
 @pytest.mark.slow
-@pytest.mark.skipif(importlib.util.find_spec("torch.distributed") is None, reason="no torch.distributed")
 def test_two_processes_train_as_one_with_twice_the_batch(tmp_path: Path) -> None:
     """They end alike and with the same weights, and only the main process writes."""
     options = {"batch_size": 1, "accumulation": 2, "precision": "float32"}
