@@ -8,6 +8,7 @@ mixed precision, act where that forward begins and ends. It is thrown away after
 
 from __future__ import annotations
 
+import math
 import time
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import asdict, dataclass, field
@@ -278,7 +279,7 @@ class RecoveryTrainer(Trainer):  # type: ignore[misc]  # transformers has no typ
         self._module.train()
         course, plan = self._course, self._schedules
         loss = domain_loss(probe.losses, plan.domains)
-        if not loss - loss == 0.0:
+        if not math.isfinite(loss):
             raise self._diverged(step, f"the loss on held-out text is {loss}")
         point = CurvePoint(step, epoch, course.tokens, train_loss, dict(probe.losses), dict(probe.accuracy))
         course.points.append(point)
@@ -288,8 +289,14 @@ class RecoveryTrainer(Trainer):  # type: ignore[misc]  # transformers has no typ
         now = time.perf_counter()
         course.seconds, self._begun = course.seconds + now - self._begun, now
         if self.args.report_to:
-            losses = {f"validation/{bucket}": value for bucket, value in probe.losses.items()}
-            self.log({**losses, **{f"accuracy/{name}": value for name, value in probe.accuracy.items()}})
+            self._report(probe)
+
+    def _report(self, probe: Probe) -> None:
+        """Tell the reporters what an evaluation found; the training loss that may be due stays due."""
+        due = self.control.should_log
+        losses = {f"validation/{bucket}": value for bucket, value in probe.losses.items()}
+        self.log({**losses, **{f"accuracy/{name}": value for name, value in probe.accuracy.items()}})
+        self.control.should_log = due
 
     def _inside(self, work: Callable[[Any], Any]) -> Any:
         """Return what ``work`` returns for the model, within the wrappers where its weights are only whole there."""
