@@ -224,6 +224,22 @@ def wait_for(folder: Path, process: subprocess.Popen[bytes]) -> None:
     raise AssertionError("no checkpoint was written")
 
 
+@pytest.mark.slow
+def test_several_processes_train_what_one_does(pico: Pico, tmp_path: Path) -> None:
+    """One process prepares and writes, both train; half the batch in each of two is the batch of one."""
+    recover = {**TRAINING, "method": "finetune", "baselines": ["dense"]}
+    alone = pico.write_recipe(tmp_path / "a.yml", tmp_path / "alone", recover=recover)
+    shared = pico.write_recipe(tmp_path / "s.yml", tmp_path / "shared", recover={**recover, "batch_size": 2})
+    run_in_process(alone)
+    launch = [sys.executable, "-m", "torch.distributed.run", "--nproc_per_node", "2", "-m", "secateur"]
+    subprocess.run([*launch, "recover", str(shared), "--quiet"], env=one_thread(), check=True)
+    first, second = (load_file(tmp_path / name / "recovered" / "model.safetensors") for name in ("alone", "shared"))
+    assert all(torch.allclose(first[name], second[name], atol=1e-5) for name in first)
+    result = secateur.run(pico.recipe(tmp_path / "shared", recover={**recover, "batch_size": 2}))
+    assert {"recover:recovered", "recover:dense_finetuned"} <= set(result.reused)
+    assert result.evaluation is not None and list(result.evaluation.models)[:2] == ["dense", "dense_finetuned"]
+
+
 REFUSED: dict[str, tuple[dict[str, Any], dict[str, Any], str]] = {
     "no general text to replay": ({"replay": 0.2}, {"general": None}, "recover.replay trains on general text too"),
     "float16 on a CPU": ({"precision": "float16"}, {}, "recover.precision is float16"),

@@ -39,6 +39,7 @@ def wait() -> None:
 
 
 def _state() -> Any:
+    import torch
     from accelerate import PartialState  # type: ignore[import-untyped]
 
-    return PartialState(timeout=_PATIENCE)
+    return PartialState(cpu=not torch.accelerator.is_available(), timeout=_PATIENCE)

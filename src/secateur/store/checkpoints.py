@@ -352,11 +352,15 @@ def fingerprint_loaded(model: nn.Module) -> str:
 def choose_device(device: str) -> torch.device:
     """Return the device to compute on; ``auto`` is the first GPU, else the CPU.
 
+    Where one of several processes was started for each GPU, each has its own (``LOCAL_RANK``).
+
     Raises:
         CheckpointError: the device does not exist here.
     """
     if device == "auto":
-        return torch.device("cuda" if torch.cuda.is_available() else "cpu")
+        rank = os.environ.get("LOCAL_RANK")
+        own = "cuda" if rank is None else f"cuda:{rank}"
+        return torch.device(own if torch.cuda.is_available() else "cpu")
     try:
         chosen = torch.device(device)
         torch.zeros(1, device=chosen).item()
