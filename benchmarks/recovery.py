@@ -25,7 +25,7 @@ from secateur.records.evaluation import Evaluation, paired_bits_per_byte, paired
 from secateur.records.recovery import Recovery
 from secateur.store.artifacts import read_json, write_json
 
-CALIBRATION_TOKENS, TRAINING_TOKENS, TEST_TOKENS = 32_768, 147_456, 16_384
+CALIBRATION_TOKENS, TRAINING_TOKENS, TEST_TOKENS = 32_768, 65_536, 16_384
 _CUT = {"method": "kfac", "reconstruct": "pruned"}
 _VOCABULARY = {"units": ["ffn_channel", "vocabulary"], "vocabulary": {"size": 16_512}}
 SIZES: Mapping[str, Mapping[str, Any]] = {
@@ -51,7 +51,7 @@ OBJECTIVES: Mapping[str, Mapping[str, Any]] = {
     "fine-tuned, a fifth of it general text": {**FINETUNE, "replay": 0.2},
 }
 """Ways to train the middle size at equal tokens."""
-OPTIONS = {"learning_rate": 2e-4, "batch_size": 4, "evaluations": 4, "evaluation_tokens": 4096}
+OPTIONS = {"learning_rate": 3e-4, "batch_size": 2, "evaluations": 3, "evaluation_tokens": 4096}
 
 
 class _Bench:
@@ -103,7 +103,7 @@ def _bytes(first: Evaluation, name: str, reference: str, bucket: str) -> str:
     return f"{1 + difference.mean / whole:.3f} ± {difference.stderr / whole:.3f}"
 
 
-COLUMNS = ["row", "parameters", "domain perplexity / dense", "/ dense fine-tuned", "bits/byte / dense fine-tuned",
+COLUMNS = ["row", "parameters", "domain perplexity / dense", "/ dense fine-tuned", "bits/byte / dense", "bits/byte / dense fine-tuned",
            "general / dense", "tokens/s"]  # fmt: skip
 ROWS = ("dense_finetuned", "pruned", "recovered", "random", "random_recovered")
 
@@ -121,6 +121,7 @@ def _lines(title: str, data: Mapping[str, Any], bucket: str, rows: Sequence[str]
             f"{evaluation.models[name].total_parameters:,}",
             _exp(evaluation, name, "dense", bucket),
             _exp(evaluation, name, "dense_finetuned", bucket),
+            _bytes(evaluation, name, "dense", bucket),
             _bytes(evaluation, name, "dense_finetuned", bucket),
             _exp(evaluation, name, "dense", "general"),
             speed,
