@@ -103,8 +103,16 @@ def _bytes(first: Evaluation, name: str, reference: str, bucket: str) -> str:
     return f"{1 + difference.mean / whole:.3f} ± {difference.stderr / whole:.3f}"
 
 
-COLUMNS = ["row", "parameters", "domain perplexity / dense", "/ dense fine-tuned", "bits/byte / dense", "bits/byte / dense fine-tuned",
-           "general / dense", "tokens/s"]  # fmt: skip
+COLUMNS = (
+    "row",
+    "parameters",
+    "domain perplexity / dense",
+    "/ dense fine-tuned",
+    "bits/byte / dense",
+    "bits/byte / dense fine-tuned",
+    "general / dense",
+    "tokens/s",
+)
 ROWS = ("dense_finetuned", "pruned", "recovered", "random", "random_recovered")
 
 
