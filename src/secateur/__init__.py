@@ -18,13 +18,14 @@ from secateur.errors import (
     ExportError,
     FamilyError,
     PlanError,
+    RecoveryError,
     SecateurError,
     TokenizerError,
     UnavailableError,
 )
 
 if TYPE_CHECKING:
-    from secateur.api import calibrate, count_tokens, evaluate, plan, run, shrink, shrink_tokenizer
+    from secateur.api import calibrate, count_tokens, evaluate, plan, recover, run, shrink, shrink_tokenizer
     from secateur.recipe import Recipe, load_recipe
 
 __version__ = "0.1.0"
@@ -37,6 +38,7 @@ __all__ = [
     "FamilyError",
     "PlanError",
     "Recipe",
+    "RecoveryError",
     "SecateurError",
     "TokenizerError",
     "UnavailableError",
@@ -46,6 +48,7 @@ __all__ = [
     "evaluate",
     "load_recipe",
     "plan",
+    "recover",
     "run",
     "shrink",
     "shrink_tokenizer",
@@ -58,6 +61,7 @@ _LAZY = {
     "count_tokens": "secateur.api",
     "evaluate": "secateur.api",
     "plan": "secateur.api",
+    "recover": "secateur.api",
     "run": "secateur.api",
     "shrink": "secateur.api",
     "shrink_tokenizer": "secateur.api",

@@ -15,14 +15,21 @@ Where token ids go too, the tokenizer shrinks with the model:
 counts = secateur.count_tokens(tokenizer, texts)
 plan = secateur.plan(model, vocabulary={"min_count": 1}, tokenizer=tokenizer, token_counts=counts)
 smaller, its_tokenizer = secateur.shrink(model, plan), secateur.shrink_tokenizer(tokenizer, plan)
+
+A short training brings back what a cut cost:
+
+recovered, recovery = secateur.recover(smaller, tokenizer, texts, dense=model, plan=plan, learning_rate=3e-4)
 """
 
 from __future__ import annotations
 
+import copy
 from collections.abc import Mapping, Sequence
+from contextlib import nullcontext
 from dataclasses import dataclass, replace
 from functools import cached_property, reduce
 from pathlib import Path
+from tempfile import TemporaryDirectory
 from typing import Any, Literal
 
 import torch
@@ -34,6 +41,7 @@ from secateur.allocate.vocabulary import choose_tokens, size_for_budget
 from secateur.calibrate import collect, collect_gradients, collect_grams, collect_with_grams
 from secateur.calibrate.gradients import require_differentiable
 from secateur.corpus import PackedBlocks, count_split_tokens, load_split, resegment
+from secateur.corpus.split import Split
 from secateur.errors import ConfigError, PlanError, TokenizerError
 from secateur.evaluate import evaluate_text
 from secateur.evaluate.footprint import model_shapes
@@ -41,14 +49,16 @@ from secateur.families.geometry import Geometry, build_geometry
 from secateur.families.loader import family_of
 from secateur.pipeline.gradients import together as gradients_together
 from secateur.pipeline.grams import Reconstructor, Supply, judging_tokens, together
+from secateur.pipeline.recovery import Teacher
 from secateur.pipeline.search import MEASURED
 from secateur.pipeline.vocabulary import read_vocabulary
 from secateur.progress import Progress, silent
-from secateur.recipe import CorpusSpec, PruneSpec, Recipe, load_recipe, parse_prune, parse_recipe
+from secateur.recipe import CorpusSpec, PruneSpec, Recipe, load_recipe, parse_prune, parse_recipe, parse_recover
 from secateur.records.evaluation import TextScore
 from secateur.records.gradients import GradientStatistics
 from secateur.records.gram import BucketGrams, Grams
 from secateur.records.plan import Plan, VocabularyPlan
+from secateur.records.recovery import Recovery
 from secateur.records.scores import Scores
 from secateur.records.statistics import (
     BucketStatistics,
@@ -60,9 +70,15 @@ from secateur.records.statistics import (
 )
 from secateur.records.token_counts import TokenCounts
 from secateur.records.units import SITE_KINDS, SITE_OF
+from secateur.recover.batch import Objective
+from secateur.recover.curve import Probe
+from secateur.recover.examples import TrainingExamples
+from secateur.recover.teacher import Distillation, NextToken
+from secateur.recover.train import train
 from secateur.registry import unknown_name
 from secateur.score import METHODS, score_units
 from secateur.shrink import shrink_config, shrink_generation_config, shrink_parameters
+from secateur.store.artifacts import digest
 from secateur.store.checkpoints import build_model, fingerprint_loaded, generation_data, parameter
 from secateur.store.tokenizers import (
     check_smaller_tokenizer,
@@ -482,6 +498,97 @@ def shrink_tokenizer(tokenizer: Any, plan: Plan) -> Any:
     smaller = smaller_tokenizer(tokenizer, plan.vocabulary.keep)
     check_smaller_tokenizer(tokenizer, smaller, plan.vocabulary.keep, ())
     return smaller
+
+
+_ONLY_IN_RECIPES = ("baselines", "replay", "responses", "rounds", "select", "until")
+
+
+def recover(
+    model: Any,
+    tokenizer: Any,
+    texts: Mapping[str, Text],
+    *,
+    dense: Any = None,
+    plan: Plan | None = None,
+    folder: str | Path | None = None,
+    block_size: int = 512,
+    progress: Progress = silent,
+    **options: Any,
+) -> tuple[Any, Recovery]:
+    """Return a trained copy of a pruned model with the best weights it had, and what the training went through.
+
+    Trained is on the calibration split of every text but ``general``; the weights kept are those of the least mean loss
+    on the validation split, at the latest of ``evaluations`` points.
+
+    Args:
+        model: the pruned model; it stays as it is.
+        tokenizer: its fast tokenizer.
+        texts: documents or where they are, by name; ``general`` is measured along the way and not trained on.
+        dense: the model it was cut from, which teaches it; None trains on the text alone.
+        plan: how it was cut, where ``dense`` is given.
+        folder: for checkpoints, so that a training that was stopped goes on when called again; None keeps none.
+        block_size: tokens per block.
+        progress: told about trained tokens.
+        options: keys of a recipe's ``recover`` section, such as ``learning_rate`` and ``lora``, but for those that say
+            what it is compared with.
+
+    Raises:
+        ConfigError: an option is unknown or impossible here.
+        CorpusError: unreadable or too little text.
+        RecoveryError: the training diverged, or memory ran out.
+    """
+    for name in _ONLY_IN_RECIPES:
+        if name in options:
+            raise ConfigError(f"{name} needs a whole run; write it under recover in a recipe, and use secateur.run.")
+    taught = options.get("method", "finetune" if dense is None else "distill") == "distill"
+    spec = parse_recover({**options, "method": "distill" if taught else "finetune"})
+    if taught and (dense is None or plan is None or spec.distill.cached_logits or spec.distill.teacher != "dense"):
+        raise ConfigError(
+            "method: distill needs the dense model and the plan by which this one was cut, as dense and plan, and "
+            "neither cached_logits nor another teacher here. Give them, or set method='finetune'."
+        )
+    _geometry(model).require_positions(block_size)
+    domains = [name for name in texts if name != "general"]
+    share = None if spec.max_tokens is None else spec.max_tokens // max(1, len(domains))
+
+    def read(name: str, split: Split, tokens: int | None, exclude: frozenset[int] = frozenset()) -> PackedBlocks:
+        return load_split(
+            _source(texts[name]), split, tokenizer, block_size=block_size, max_tokens=tokens, exclude=exclude, name=name
+        )
+
+    lessons = {name: read(name, "calibration", share) for name in domains}
+    learned = frozenset(document for blocks in lessons.values() for document in blocks.documents.tolist())
+    judges = {name: read(name, "validation", spec.evaluation_tokens, learned) for name in texts}
+    family = family_of(model.config.model_type)
+    objective: Objective = NextToken(family)
+    if taught:
+        assert plan is not None
+        layers = range(_geometry(dense).num_layers)
+        teacher = Teacher(lambda: dense, None, layers).after(plan)
+        keep = None if teacher.keep is None else torch.tensor(teacher.keep)
+        objective = Distillation(dense, family, spec.distill, keep, list(teacher.layers))
+
+    def probe(trained: Any) -> Probe:
+        return Probe(
+            {name: evaluate_text(trained, blocks, family).nll_per_token for name, blocks in judges.items()}, {}
+        )
+
+    examples = TrainingExamples(list(lessons.values()))
+    key = digest(fingerprint_loaded(model), examples.fingerprint, spec.model_dump(), plan.to_dict() if plan else None)
+    with TemporaryDirectory() if folder is None else nullcontext(str(folder)) as place:
+        return train(
+            copy.deepcopy(model),
+            examples,
+            objective,
+            spec,
+            family=family,
+            name="recovered",
+            folder=Path(place),
+            probe=probe,
+            domains=domains,
+            key=key,
+            progress=progress,
+        )
 
 
 def evaluate(

@@ -9,7 +9,7 @@ from __future__ import annotations
 import re
 from collections.abc import Mapping
 from pathlib import Path
-from typing import Annotated, Any, Literal
+from typing import Annotated, Any, Literal, TypeVar
 
 import yaml
 from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, ValidationError, field_validator, model_validator
@@ -628,12 +628,28 @@ def parse_prune(data: Mapping[str, Any]) -> PruneSpec:
     Raises:
         ConfigError: a key is unknown or has an impossible value; every such place is named.
     """
+    return _parse_section(PruneSpec, data, "prune", "pruning")
+
+
+def parse_recover(data: Mapping[str, Any]) -> RecoverSpec:
+    """Return the ``recover`` section that plain data describes.
+
+    Raises:
+        ConfigError: a key is unknown or has an impossible value; every such place is named.
+    """
+    return _parse_section(RecoverSpec, data, "recover", "training")
+
+
+_Section = TypeVar("_Section", bound=_Record)
+
+
+def _parse_section(section: type[_Section], data: Mapping[str, Any], name: str, what: str) -> _Section:
     try:
-        return PruneSpec.model_validate(dict(data))
+        return section.model_validate(dict(data))
     except ValidationError as error:
-        lines = [_explain({**item, "loc": ("prune", *item["loc"])}) for item in error.errors()]
+        lines = [_explain({**item, "loc": (name, *item["loc"])}) for item in error.errors()]
         listed = "\n".join(f"  {line}" for line in lines)
-        raise ConfigError(f"these pruning options cannot be used:\n{listed}") from None
+        raise ConfigError(f"these {what} options cannot be used:\n{listed}") from None
 
 
 def parse_recipe(data: object, *, source: str = "recipe") -> Recipe:

@@ -141,7 +141,7 @@ def test_adapters_are_merged_into_uneven_layers(pico: Pico, tmp_path: Path) -> N
 
 
 def test_rounds_cut_as_much_as_one_cut(pico: Pico, tmp_path: Path) -> None:
-    """Two rounds end at the size of the plan within a channel per layer, train in turns, and keep no weights but one."""
+    """Two rounds end at the size of the plan within a channel per layer, and keep the weights of the last alone."""
     result = train(pico, tmp_path / "run", BOTH, rounds=2, baselines=[])
     assert result.evaluation is not None
     models = result.evaluation.models

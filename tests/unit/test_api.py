@@ -400,3 +400,56 @@ def test_shares_by_a_rule_need_only_statistics(model: Any, statistics: Statistic
     kept = [len(layer.keep) for layer in plan.layers["ffn_channel"]]
     total = sum(layer.num_units for layer in plan.layers["ffn_channel"])
     assert sum(kept) == pytest.approx(0.75 * total, abs=2)
+
+
+# -- recovery --------------------------------------------------------------------------------------------------------
+
+TRAINING: dict[str, Any] = {
+    "max_tokens": 2048,
+    "block_size": 64,
+    "batch_size": 4,
+    "evaluations": 2,
+    "evaluation_tokens": 512,
+    "learning_rate": 1e-3,
+    "precision": "float32",
+}
+
+
+def test_recovery_trains_a_copy(model: Any, tokenizer: Any, texts: list[str], statistics: Statistics) -> None:
+    """The trained model has the pruned one's shapes and a lower held-out loss; neither model given is touched."""
+    plan = secateur.plan(model, statistics, budget={"channels": 0.25})
+    smaller = secateur.shrink(model, plan)
+    before = fingerprint_loaded(smaller), fingerprint_loaded(model)
+    trained, recovery = secateur.recover(smaller, tokenizer, {"towns": texts}, method="finetune", **TRAINING)
+    assert (fingerprint_loaded(smaller), fingerprint_loaded(model)) == before
+    assert {n: p.shape for n, p in trained.named_parameters()} == {n: p.shape for n, p in smaller.named_parameters()}
+    assert recovery.best.losses["towns"] < recovery.points[0].losses["towns"]
+
+
+def test_the_dense_model_teaches_through_a_smaller_vocabulary(model: Any, tokenizer: Any, texts: list[str]) -> None:
+    """With the plan, ids are translated for the teacher; general text is measured and not trained on."""
+    counts = secateur.count_tokens(tokenizer, texts)
+    plan = secateur.plan(model, vocabulary={"min_count": 1}, tokenizer=tokenizer, token_counts=counts)
+    smaller, its_tokenizer = secateur.shrink(model, plan), secateur.shrink_tokenizer(tokenizer, plan)
+    both = {"towns": texts, "general": [f"{record['question']} {record['answer']}" for record in medical_records(200)]}
+    _, recovery = secateur.recover(smaller, its_tokenizer, both, dense=model, plan=plan, **TRAINING)
+    assert recovery.objective == "distill"
+    assert set(recovery.points[0].losses) == {"towns", "general"}
+    alone = secateur.recover(smaller, its_tokenizer, {"towns": texts}, dense=model, plan=plan, **TRAINING)[1]
+    assert alone.tokens == recovery.tokens
+
+
+@pytest.mark.parametrize(
+    ("options", "words"),
+    [
+        ({"rounds": 2}, "rounds needs a whole run"),
+        ({"method": "distill"}, "needs the dense model and the plan"),
+        ({"learning_rates": 1}, "learning_rate"),
+    ],
+)
+def test_what_recovery_cannot_do_here_is_refused(
+    model: Any, tokenizer: Any, texts: list[str], options: dict[str, Any], words: str
+) -> None:
+    """The message names the option."""
+    with pytest.raises(ConfigError, match=words):
+        secateur.recover(model, tokenizer, {"towns": texts}, **options)

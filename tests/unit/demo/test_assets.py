@@ -87,7 +87,7 @@ def test_without_a_network_the_first_small_file_already_says_so(cache: Path) -> 
 
 
 def test_the_recipe_is_the_main_job_on_these_files(filled: Path, tmp_path: Path) -> None:
-    """A tenth of the channels with reconstruction, and rare token ids, against a random control."""
+    """A tenth of the channels with reconstruction, rare token ids, a short training, and a random control."""
     inputs = prepare(filled, pip=FakePip())
     recipe = demo_recipe(inputs, tmp_path / "run")
     assert recipe.model == str(inputs.model)
@@ -101,7 +101,8 @@ def test_the_recipe_is_the_main_job_on_these_files(filled: Path, tmp_path: Path)
     assert recipe.prune.vocabulary is not None and recipe.prune.vocabulary.rule() == {"min_count": 2}
     assert recipe.prune.layer_kinds() == ["ffn_channel"]
     assert recipe.calibrate.max_tokens == 32_768
-    assert recipe.evaluate.max_tokens == 12_288
+    assert recipe.recover is not None and recipe.recover.baselines == ["dense"]
+    assert recipe.evaluate.max_tokens == 8_192
     assert recipe.evaluate.controls == ["random"]
     assert recipe.output == str(tmp_path / "run")
 
