@@ -37,6 +37,7 @@ from torch import Tensor
 
 from secateur import pipeline
 from secateur.allocate import Request, make_plan, with_constants
+from secateur.allocate.constants import require_biases
 from secateur.allocate.vocabulary import choose_tokens, size_for_budget
 from secateur.calibrate import collect, collect_gradients, collect_grams, collect_with_grams
 from secateur.calibrate.gradients import require_differentiable
@@ -354,6 +355,8 @@ def plan(
             "a plan does not reconstruct; ask shrink for it: shrink(model, plan, reconstruct=statistics)."
         )
     _require_no_text(spec)
+    if spec.bias_compensation:
+        require_biases(geometry, spec.width_kinds(), shapes)
     texts = None if statistics is None else _Texts.of(statistics, geometry, spec.buckets, spec.mix)
     scores = Scores(spec.method, {}, () if texts is None else texts.names, {})
     if texts is not None and kinds:
@@ -373,7 +376,7 @@ def plan(
         return made
     shares = normalised(texts.mix) if texts.mix else {}
     made = replace(made, mix=shares, notes=(*made.notes, *texts.notes(geometry, kinds)))
-    return with_constants(made, geometry, texts.merged.moments, shapes)
+    return with_constants(made, geometry, texts.merged.moments, shapes, means=spec.bias_compensation)
 
 
 def _require_no_text(spec: PruneSpec) -> None:

@@ -253,6 +253,7 @@ class PruneSpec(_Record):
     multiple_of: Annotated[int, Field(ge=1)] | Literal["auto"] = "auto"
     normalize: Literal["layer", "none"] = "layer"
     reconstruct: Literal["none", "dense", "pruned"] = "none"
+    bias_compensation: bool = False
     buckets: Annotated[list[str], Field(min_length=1)] | None = None
     mix: Annotated[dict[str, Weight], Field(min_length=1)] | None = None
     seed: int = 0
@@ -304,6 +305,16 @@ class PruneSpec(_Record):
                 "mix weighs the text that units of layers are chosen by, and only the vocabulary is cut; remove mix, "
                 "or say under vocabulary.buckets whose text is counted"
             )
+        return self
+
+    @model_validator(mode="after")
+    def _one_way_to_make_up(self) -> PruneSpec:
+        if self.bias_compensation and self.reconstruct != "none":
+            raise ValueError(
+                f"bias_compensation and reconstruct: {self.reconstruct} make up for the same channels; give one of them"
+            )
+        if self.bias_compensation and not self.width_kinds():
+            raise ValueError("bias_compensation makes up for channels, and units names none; leave it out")
         return self
 
     def _require_allocation_to_fit(self) -> None:

@@ -24,6 +24,7 @@ import torch
 from secateur.allocate import Request, choose_blocks, make_plan, same_size_plan, with_constants
 from secateur.allocate.blocks import BlockCut, Order
 from secateur.allocate.budget import parameters_after, token_cost
+from secateur.allocate.constants import require_biases
 from secateur.allocate.counts import keep_best
 from secateur.allocate.vocabulary import size_for_budget
 from secateur.calibrate import collect, collect_gradients, collect_grams, collect_with_grams
@@ -389,6 +390,8 @@ class _Job:
         rehearse(prune.method, geometry, prune.width_kinds(), prune.options)
         rehearse(prune.depth_method, geometry, prune.block_kinds(), prune.depth_options)
         self._check_measurements()
+        if prune.bias_compensation:
+            require_biases(geometry, prune.width_kinds(), self.checkpoint.shapes)
         vocabulary = self.vocabulary_plan
         if "threshold" in self.request.budget or self._bounds or not kinds:
             return
@@ -806,7 +809,8 @@ class _Job:
     def _with_constants(self, plan: Plan, statistics: BucketStatistics | None) -> Plan:
         if statistics is None:
             return plan
-        return with_constants(plan, self.checkpoint.geometry, statistics.moments, self.checkpoint.shapes)
+        means = self.recipe.prune.bias_compensation
+        return with_constants(plan, self.checkpoint.geometry, statistics.moments, self.checkpoint.shapes, means=means)
 
     def shrink(self) -> None:
         plan = self._required_plan()

@@ -6,7 +6,8 @@ import pytest
 import torch
 from torch import Tensor
 
-from secateur.allocate.constants import CONSTANT_TOLERANCE, constant_channels, with_constants
+from secateur.allocate.constants import CONSTANT_TOLERANCE, constant_channels, require_biases, with_constants
+from secateur.errors import PlanError
 from secateur.families.geometry import build_geometry
 from secateur.families.loader import families
 from secateur.records.plan import LayerPlan, Plan
@@ -89,3 +90,27 @@ def test_channels_of_a_group_are_numbered_by_the_reader() -> None:
     shapes = {"model.layers.0.self_attn.dense.bias": (6,)}
     filled = with_constants(plan((1,), "gqa_group", 3), geometry, sums, shapes).layers["gqa_group"][0]
     assert [channel for channel, _ in filled.constants] == [0, 4]
+
+
+def test_means_of_all_removed_channels_keep_the_mean_of_the_output() -> None:
+    """FLAP's compensation: the projection's mean output on the calibration text is what it was, exactly."""
+    geometry = build_geometry(families()["opt"], CONFIG)
+    tokens, matrix = activations() + 0.1, torch.randn(12, 6, dtype=torch.float64)
+    shapes = {"model.decoder.layers.0.fc2.bias": (12,)}
+    sums = {(0, "ffn_channel"): moments(tokens)}
+    layer = with_constants(plan((0, 3)), geometry, sums, shapes, means=True).layers["ffn_channel"][0]
+    gone = dict(layer.constants)
+    assert set(gone) == {1, 2, 4, 5}
+    shift = sum(matrix[:, channel] * value for channel, value in gone.items())
+    kept = tokens[:, [0, 3]] @ matrix[:, [0, 3]].T + shift
+    torch.testing.assert_close(kept.mean(0), (tokens @ matrix.T).mean(0))
+
+
+def test_compensation_without_biases_is_refused() -> None:
+    """The projection is named, and what to use instead."""
+    geometry = build_geometry(families()["opt"], CONFIG)
+    require_biases(geometry, ["ffn_channel"], {"model.decoder.layers.0.fc2.bias": (12,)})
+    with pytest.raises(
+        PlanError, match=r"model\.decoder\.layers\.0\.fc2 of this opt model has none.*reconstruct: dense"
+    ):
+        require_biases(geometry, ["ffn_channel"], {})
