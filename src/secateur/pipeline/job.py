@@ -201,6 +201,7 @@ class _Job:
         self.folder = RunFolder.open(Path(recipe.output).expanduser(), read_only=not processes.is_main())
         self.result = RunResult(self.folder.path)
         self._searched: tuple[Scores, Search] | None = None
+        self._control: tuple[str, Candidate] | None = None
 
     # -- what is asked, resolved ---------------------------------------------------------------------------------
 
@@ -996,7 +997,7 @@ class _Job:
         if name == RECOVERED:
             pruned = self._saved_candidate(self.folder.path / "model", "float32")
             return Student(pruned.model, pruned.tokenizer, plan)
-        control = self._control_candidate("random", plan)
+        control, self._control = self._control_candidate("random", plan), None
         for parameter_ in control.model.parameters():
             parameter_.data = parameter_.data.clone()  # what was not cut is still the dense model's
         return Student(control.model, control.tokenizer, self._control_plan("random", plan))
@@ -1089,10 +1090,15 @@ class _Job:
         return found if name == RECOVERED or teaches else replace(found, forget=partial(self.recovery.drop, name))
 
     def _control_candidate(self, name: str, plan: Plan) -> Candidate:
+        if self._control is not None and self._control[0] == name:
+            return self._control[1]
         control = self._control_plan(name, plan)
         model = self._pruned(control, None, self._reconstructor(control))
         size = memory_bytes(model) // model.dtype.itemsize * self.checkpoint.dtype.itemsize
-        return Candidate(model, size, self._tokenizer_of(control))
+        found = Candidate(model, size, self._tokenizer_of(control))
+        trained = name == "random" and RANDOM_RECOVERED in self._trained_rows()
+        self._control = (name, found) if trained else None
+        return found
 
     def _control_plan(self, name: str, plan: Plan) -> Plan:
         """Keep as many units per layer as the plan does, but others: drawn at random, or the plan's own worst."""
