@@ -4,7 +4,8 @@
     python benchmarks/recovery.py --rows "25 %"                         one row
     python benchmarks/recovery.py --domain 'NAME=CALIBRATION,VALIDATION,TEST::TEMPLATE'
 
-All rows of a domain share a run folder, so the dense model is calibrated, fine-tuned and measured once.
+All rows of a domain share a run folder, so the dense model is calibrated, fine-tuned (once for each way to train) and
+measured there for all of them.
 """
 
 from __future__ import annotations
@@ -23,7 +24,7 @@ from secateur.demo import demo_recipe, prepare
 from secateur.recipe import CorpusSpec
 from secateur.records.evaluation import Evaluation, paired_bits_per_byte, paired_difference
 from secateur.records.recovery import Recovery
-from secateur.store.artifacts import read_json, write_json
+from secateur.store.artifacts import digest, read_json, write_json
 
 CALIBRATION_TOKENS, TRAINING_TOKENS, TEST_TOKENS = 32_768, 65_536, 16_384
 _CUT = {"method": "kfac", "reconstruct": "pruned"}
@@ -47,7 +48,7 @@ OBJECTIVES: Mapping[str, Mapping[str, Any]] = {
     "fine-tuned": FINETUNE,
     "distilled from the dense model": {"method": "distill"},
     "distilled from the fine-tuned dense model and the text": TAUGHT,
-    "fine-tuned, LoRA": {**FINETUNE, "lora": True},
+    "fine-tuned, LoRA": {**FINETUNE, "lora": True, "learning_rate": 1e-3},
     "fine-tuned, a fifth of it general text": {**FINETUNE, "replay": 0.2},
 }
 """Ways to train the middle size at equal tokens."""
@@ -72,9 +73,10 @@ class _Bench:
 
     def row(self, title: str, prune: Mapping[str, Any], recover: Mapping[str, Any]) -> dict[str, Any]:
         """Return what a run measured; run once, then read back."""
-        file = self.folder / f"{''.join(c if c.isalnum() else '_' for c in title)}.json"
+        section = {**OPTIONS, "max_tokens": self.tokens, **recover}
+        name = "".join(c if c.isalnum() else "_" for c in title)
+        file = self.folder / f"{name}-{digest(prune, section)[:8]}.json"
         if not file.is_file():
-            section = {**OPTIONS, "max_tokens": self.tokens, **recover}
             result = secateur.run({**self.recipe, "prune": dict(prune), "recover": section})
             assert result.evaluation is not None
             data = {

@@ -503,7 +503,7 @@ def shrink_tokenizer(tokenizer: Any, plan: Plan) -> Any:
     return smaller
 
 
-_ONLY_IN_RECIPES = ("baselines", "replay", "responses", "rounds", "select", "until")
+_ONLY_IN_RECIPES = ("baselines", "evaluation_questions", "replay", "responses", "rounds", "select", "until")
 
 
 def recover(
@@ -552,6 +552,8 @@ def recover(
         )
     _geometry(model).require_positions(block_size)
     domains = [name for name in texts if name != "general"]
+    if not domains:
+        raise ConfigError(f"there is no text to train on: texts names {', '.join(texts) or 'nothing'}. Add a domain.")
     share = None if spec.max_tokens is None else spec.max_tokens // max(1, len(domains))
 
     def read(name: str, split: Split, tokens: int | None, exclude: frozenset[int] = frozenset()) -> PackedBlocks:
@@ -577,7 +579,9 @@ def recover(
         )
 
     examples = TrainingExamples(list(lessons.values()))
-    key = digest(fingerprint_loaded(model), examples.fingerprint, spec.model_dump(), plan.to_dict() if plan else None)
+    models = [fingerprint_loaded(each) for each in (model, dense) if each is not None]
+    judged = {name: blocks.fingerprint for name, blocks in judges.items()}
+    key = digest(models, examples.fingerprint, judged, spec.model_dump(), plan.to_dict() if plan else None)
     with TemporaryDirectory() if folder is None else nullcontext(str(folder)) as place:
         return train(
             copy.deepcopy(model),

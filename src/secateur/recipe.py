@@ -493,11 +493,16 @@ class RecoverSpec(_Record):
 
     @model_validator(mode="after")
     def _options_fit(self) -> RecoverSpec:
-        if self.method == "finetune" and "distill" in self.model_fields_set:
+        if self.method == "finetune" and self.distill != DistillSpec():
             raise ValueError("there is a distill section but method is finetune; set method: distill, or remove it")
         if self.needs_finetuned and "dense" not in self.baselines:
             key = "until" if self.until == "dense_finetuned" else "distill.teacher"
             raise ValueError(f"{key}: dense_finetuned needs the dense model fine-tuned; add dense to baselines")
+        if self.responses is not None and self.select != SelectSpec():
+            raise ValueError("select chooses among documents and responses trains on answers; give one of them")
+        if self.rounds > 1 and (self.responses is not None or self.select != SelectSpec()):
+            key = "select" if self.responses is None else "responses"
+            raise ValueError(f"{key} is made once with the dense model, and rounds start from others; set rounds: 1")
         if self.rounds > 1 and self.distill.teacher == "dense_finetuned":
             raise ValueError("distill.teacher: dense_finetuned is for one round; set rounds: 1, or teacher: dense")
         return self

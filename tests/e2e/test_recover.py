@@ -20,8 +20,9 @@ from transformers import AutoModelForCausalLM
 import secateur
 from secateur.errors import ConfigError
 from secateur.pipeline import RunResult
+from secateur.recipe import load_recipe, parse_recipe
 from tests.command import call
-from tests.pico import Pico
+from tests.pico import Pico, build_pico, save_model_folder
 
 TRAINING = {
     "max_tokens": 4096,
@@ -87,7 +88,7 @@ def test_curves_are_kept_and_weights_of_baselines_are_not(finetuned: RunResult) 
 
 def test_the_report_tells_of_the_training(finetuned: RunResult) -> None:
     """The verdict compares with the dense model trained alike; the card says that there was training."""
-    assert "the dense model trained alike" in finetuned.summary
+    assert "the dense model fine-tuned on the same text" in finetuned.summary
     assert "without recovery" in finetuned.summary
     report = (finetuned.folder / "report.md").read_text()
     assert "## Recovery" in report and "fine-tuned on" in report
@@ -119,7 +120,38 @@ def test_distillation_reaches_through_a_smaller_vocabulary(pico: Pico, tmp_path:
     result = train(pico, tmp_path / "run", BOTH, distill=taught)
     assert loss(result, "recovered") < 0.97 * loss(result, "pruned")
     assert result.recoveries["recovered"].objective == "distill"
-    assert not (result.folder / "recovery" / "dense_finetuned").exists()
+    assert (result.folder / "recovery" / "dense_finetuned" / "config.json").exists()
+    another = train(pico, result.folder, {**BOTH, "budget": {"parameters": 0.15}}, distill=taught)
+    assert {"recover:dense_finetuned", "evaluate:dense_finetuned"} <= set(another.reused)
+
+
+def test_a_checkpoint_in_16_bits_is_recovered_in_16_bits(tmp_path: Path) -> None:
+    """Trained in float32, saved in bfloat16 as it came, with rotary tables as precise as they were."""
+    folder = tmp_path / "pico"
+    folder.mkdir()
+    pico = build_pico(folder)
+    save_model_folder(pico.model, dtype=torch.bfloat16)
+    result = train(pico, tmp_path / "run", method="finetune", baselines=[])
+    weights = load_file(result.folder / "recovered" / "model.safetensors")
+    assert {tensor.dtype for tensor in weights.values()} == {torch.bfloat16}
+    assert loss(result, "recovered") < loss(result, "pruned")
+
+
+def test_another_seed_draws_and_trains_another_control(pico: Pico, tmp_path: Path) -> None:
+    """The trained control is never an earlier one's; the dense model's training does not depend on the seed."""
+    options = {"method": "finetune", "max_tokens": 1024, "evaluations": 1}
+    first = train(pico, tmp_path / "run", {"budget": {"channels": 0.25}}, **options)
+    second = train(pico, tmp_path / "run", {"budget": {"channels": 0.25}, "seed": 5}, **options)
+    assert loss(first, "random_recovered") != loss(second, "random_recovered")
+    assert "recover:dense_finetuned" in second.reused and "recover:random_recovered" not in second.reused
+
+
+def test_a_recipe_with_a_training_can_be_read_back(pico: Pico, tmp_path: Path) -> None:
+    """The recipe in the run folder is the recipe that was run."""
+    recipe = parse_recipe(pico.recipe(tmp_path / "run", recover={"method": "finetune"}))
+    file = tmp_path / "recipe.yml"
+    file.write_text(recipe.to_yaml())
+    assert load_recipe(file) == recipe
 
 
 def test_removed_layers_are_made_up_for(pico: Pico, tmp_path: Path) -> None:
@@ -150,6 +182,12 @@ def test_rounds_cut_as_much_as_one_cut(pico: Pico, tmp_path: Path) -> None:
     assert result.recoveries["recovered"].tokens <= 4096 * 1.2
     assert not list((result.folder / "rounds").rglob("*.safetensors.index.json"))
     assert not list((result.folder / "rounds").rglob("model.safetensors"))
+    plan = json.loads((result.folder / "recovered" / "secateur_plan.json").read_text())
+    assert plan["provenance"]["model"] == str(pico.model) and plan["vocabulary"] is not None
+    assert sum(plan["parameters_pruned"].values()) == models["recovered"].total_parameters
+    starts = [point for point in result.recoveries["recovered"].points if point.train_loss is None]
+    before = [point for point in result.recoveries["recovered"].points if point.step == starts[1].step]
+    assert abs(before[0].losses["general"] - starts[1].losses["general"]) < 0.5  # one unit throughout
 
 
 def test_answers_of_the_parent_are_trained_on(pico: Pico, tmp_path: Path) -> None:
@@ -254,6 +292,12 @@ REFUSED: dict[str, tuple[dict[str, Any], dict[str, Any], str]] = {
         {},
         "add dense to baselines",
     ),
+    "answers and documents": (
+        {"responses": {"prompt": "{question}"}, "select": {"method": "density"}},
+        {},
+        "select chooses among documents",
+    ),
+    "rounds that choose": ({"rounds": 2, "select": {"method": "density"}}, {}, "select is made once"),
     "nothing to learn": ({"distill": {"logits_weight": 0}}, {}, "nothing would be learned"),
     "a distill section for fine-tuning": (
         {"method": "finetune", "distill": {"temperature": 2}},

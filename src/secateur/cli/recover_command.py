@@ -17,10 +17,13 @@ def command(**arguments: Any) -> None:
     Calibrates, plans and shrinks first if that was not done. A training that was stopped goes on where it was.
     """
     from secateur.cli.console import print_json, print_table
+    from secateur.pipeline.processes import is_main
     from secateur.report.recovery import curve_table, describe_recovery
 
     options = RecipeOptions(**arguments)
     result = run_recipe(options, "recover")
+    if not is_main():
+        return
     if options.as_json:
         print_json(describe_result(result))
         return

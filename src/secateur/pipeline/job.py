@@ -57,7 +57,15 @@ from secateur.pipeline.recovery import (
     Student,
     Teacher,
 )
-from secateur.pipeline.rounds import Round, drop_weights, joined, require_sizes, run_rounds, take_result
+from secateur.pipeline.rounds import (
+    Round,
+    drop_weights,
+    joined,
+    read_result_plan,
+    require_sizes,
+    run_rounds,
+    take_result,
+)
 from secateur.pipeline.search import MEASURED, Search, build_choices, find_counts, is_measured, quick_reconstruct
 from secateur.pipeline.streams import FittedWeights, fit_on_pruned_stream
 from secateur.pipeline.texts import Texts
@@ -194,9 +202,16 @@ def run(recipe: Recipe, *, until: Stage = "evaluate", progress: Progress = silen
 class _Job:
     """One run: holds what is loaded, so that nothing is loaded twice or before it is needed."""
 
-    def __init__(self, recipe: Recipe, progress: Progress, teacher: Teacher | None = None) -> None:
+    def __init__(
+        self,
+        recipe: Recipe,
+        progress: Progress,
+        teacher: Teacher | None = None,
+        reference: RecoveryStage | None = None,
+    ) -> None:
         self.recipe = recipe
         self.teacher = teacher
+        self.reference = reference
         self.progress = progress
         self.folder = RunFolder.open(Path(recipe.output).expanduser(), read_only=not processes.is_main())
         self.result = RunResult(self.folder.path)
@@ -844,12 +859,16 @@ class _Job:
             plan,
             folder,
             source=self.checkpoint.folder,
-            provenance={
-                "model": self.recipe.model,
-                "calibration": {n: s.corpus_fingerprint for n, s in self.result.statistics.items()},
-                "versions": versions(),
-            },
+            provenance=self._provenance(),
         )
+
+    def _provenance(self) -> dict[str, Any]:
+        """Return where a saved model comes from."""
+        return {
+            "model": self.recipe.model,
+            "calibration": {n: s.corpus_fingerprint for n, s in self.result.statistics.items()},
+            "versions": versions(),
+        }
 
     def _required_plan(self) -> Plan:
         assert self.result.plan is not None, "plan() comes first"
@@ -898,9 +917,14 @@ class _Job:
             self.texts,
             self.checkpoint.geometry.family,
             self.folder,
-            digest(self.model_fingerprint, self.source_keys, self.recipe.calibrate.block_size),
+            digest(
+                self.model_fingerprint,
+                self.source_keys,
+                self.recipe.calibrate.model_dump(exclude={"batch_size", "gradient_tokens"}),
+            ),
             lambda: self.dense,
             self.teacher or Teacher(self._teaching_model, None, range(self.checkpoint.geometry.num_layers)),
+            self.reference,
             self.recipe.evaluate.batch_size,
             self.progress,
             self.result.reused,
@@ -925,7 +949,7 @@ class _Job:
 
     @cached_property
     def _finetuned(self) -> Any:
-        """The dense model trained on the same text; kept on disk until all that it teaches is trained."""
+        """The dense model trained on the same text; kept on disk where it teaches."""
         assert self.recovery is not None, "only called where there is a recovery"
         if not self.recovery.saved(FINETUNED).exists():
             self.result.recoveries = {k: v for k, v in self.result.recoveries.items() if k != FINETUNED}
@@ -961,7 +985,7 @@ class _Job:
             seen = teacher
             for earlier in rounds:
                 seen = seen.after(earlier.plan)
-            job = _Job(recipe, self.progress, seen)
+            job = _Job(recipe, self.progress, seen, self.recovery if plan.vocabulary else None)
             job.check("recover")
             job.calibrate()
             job.plan()
@@ -972,7 +996,7 @@ class _Job:
             return rounds[-1]
 
         run_rounds(self.recipe, plan, self.folder.path / "rounds", run_round)
-        take_result(rounds, self.recovery.saved(RECOVERED))
+        take_result(rounds, self.recovery.saved(RECOVERED), self._provenance())
         self.recovery.keep_joined(RECOVERED, key, joined(rounds, RECOVERED), started)
         drop_weights(rounds)
 
@@ -980,8 +1004,10 @@ class _Job:
         assert self.recovery is not None, "only called where there is a recovery"
         if name == FINETUNED:
             return self.recovery.training_key(name, None, self.model_fingerprint)
-        shrunk = self.folder.manifest["stages"]["shrink"]["model_fingerprint"]
-        return self.recovery.training_key(name, self._required_plan(), shrunk)
+        cut: list[Any] = [self.folder.manifest["stages"]["shrink"]["model_fingerprint"]]
+        if name == RANDOM_RECOVERED:
+            cut += [self.recipe.prune.model_dump(), self._reconstruction_key()]
+        return self.recovery.training_key(name, self._required_plan(), cut)
 
     def _student(self, name: str) -> Student:
         """Return the model of a row as it is before training, with weights of its own."""
@@ -1004,7 +1030,8 @@ class _Job:
 
     def _save_trained(self, model: Any, student: Student, folder: Path) -> dict[str, Any]:
         """Write a trained model and return facts for the manifest."""
-        model = model.to(self.checkpoint.dtype)
+        for parameter_ in model.parameters():  # and not the rotary tables, which stay as precise as they were
+            parameter_.data = parameter_.data.to(self.checkpoint.dtype)
         with self.progress("save and reload", None, "") as task:
             plan = student.plan if folder == self.folder.path / RECOVERED else None
             difference = self._export(model, student.tokenizer, plan, folder)
@@ -1047,8 +1074,8 @@ class _Job:
         evaluation = self.evaluation.measure({name: rows[name] for name in ROWS if name in rows}, vocabulary)
         for name in trained:
             self._train(name)
-            if self.recovery is not None and name != RECOVERED:
-                self.recovery.drop(name)
+            if name == RANDOM_RECOVERED or (name == FINETUNED and not self._is_taught_by_finetuned):
+                self._drop(name)
         self.result.evaluation = evaluation
         self.result.summary = verdict(evaluation, list(self.recipe.domain), self._bounds)
         self._write_reports(plan, evaluation)
@@ -1086,8 +1113,18 @@ class _Job:
         found = self._saved_candidate(self.recovery.saved(name))
         if name == FINETUNED:
             found = replace(found, tokenizer=self.tokenizer)
-        teaches = name == FINETUNED and self.recovery.spec.distill.teacher == FINETUNED
-        return found if name == RECOVERED or teaches else replace(found, forget=partial(self.recovery.drop, name))
+        kept = name == RECOVERED or (name == FINETUNED and self._is_taught_by_finetuned)
+        return found if kept else replace(found, forget=partial(self.recovery.drop, name))
+
+    @property
+    def _is_taught_by_finetuned(self) -> bool:
+        """Whether the fine-tuned dense model teaches; then its weights are kept for cuts of other sizes."""
+        recover = self.recipe.recover
+        return recover is not None and recover.method == "distill" and recover.distill.teacher == FINETUNED
+
+    def _drop(self, name: str) -> None:
+        assert self.recovery is not None, "only rows of a recovery are trained"
+        self.recovery.drop(name)
 
     def _control_candidate(self, name: str, plan: Plan) -> Candidate:
         if self._control is not None and self._control[0] == name:
@@ -1146,10 +1183,13 @@ class _Job:
 
     def _write_card(self, tables: Sequence[str]) -> None:
         """Write the model card into every model folder of the run that there is."""
-        plan = self._required_plan()
+        in_rounds = self.recipe.recover is not None and self.recipe.recover.rounds > 1
         for folder, recovery in (("model", None), (RECOVERED, self.result.recoveries.get(RECOVERED))):
-            if not (self.folder.path / folder / "config.json").is_file():
+            place, plan = self.folder.path / folder, self._required_plan()
+            if not (place / "config.json").is_file():
                 continue
+            if folder == RECOVERED and in_rounds:
+                plan = read_result_plan(place)
             card = render_model_card(
                 plan,
                 base_model=self.recipe.model if self.checkpoint.name == self.recipe.model else self.checkpoint.name,

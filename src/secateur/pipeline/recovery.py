@@ -105,6 +105,8 @@ class RecoveryStage:
         key: hash of the dense model and of all text.
         dense: returns the model that the run starts from, beside which curves are read.
         teacher: what it is distilled from.
+        reference: the stage of the first round, where token ids went in it: all rounds are measured on its text, per
+            token of its dense model.
         batch_size: blocks per forward pass of evaluations.
         progress: told about everything that takes time.
         reused: gets the names of trainings that were still valid.
@@ -119,6 +121,7 @@ class RecoveryStage:
     key: str
     dense: Callable[[], Any]
     teacher: Teacher
+    reference: RecoveryStage | None = None
     batch_size: int = 4
     progress: Progress = silent
     reused: list[str] = field(default_factory=list)
@@ -131,7 +134,8 @@ class RecoveryStage:
 
     @property
     def _text_key(self) -> str:
-        spec = self.spec.model_dump(include={"max_tokens", "replay", "select", "responses", "seed"})
+        used = {"max_tokens", "replay", "select", "responses", "seed", "evaluation_tokens"}
+        spec = self.spec.model_dump(include=used)
         return digest(self.key, spec)
 
     def check(self) -> None:
@@ -168,7 +172,7 @@ class RecoveryStage:
     @property
     def _share(self) -> int | None:
         """Tokens of each domain that are trained on, at most."""
-        return None if self.spec.max_tokens is None else self.spec.max_tokens // len(self.domains)
+        return None if self.spec.max_tokens is None else max(1, self.spec.max_tokens // len(self.domains))
 
     @cached_property
     def text(self) -> dict[str, PackedBlocks]:
@@ -190,17 +194,27 @@ class RecoveryStage:
 
     @cached_property
     def replayed(self) -> list[PackedBlocks]:
-        """The general text that is trained on too."""
+        """The general text that is trained on too; beside answers, the most of it that may be."""
         if not self.spec.replay or self.general is None:
             return []
+        if self.spec.responses and self.spec.max_tokens is None:
+            return [self._read(self.general, None)]
         taken = sum(blocks.num_tokens for blocks in self.text.values()) or self.spec.max_tokens or 0
-        wanted = round(taken * self.spec.replay / (1 - self.spec.replay))
-        return [self._read(self.general, max(wanted, self.texts.recipe.calibrate.block_size))]
+        return [self._read(self.general, self._beside(taken))]
+
+    def _beside(self, num_tokens: int) -> int:
+        """Return how many tokens are replayed beside so many of the domains, a block at least."""
+        wanted = round(num_tokens * self.spec.replay / (1 - self.spec.replay))
+        return max(wanted, self.texts.recipe.calibrate.block_size)
 
     def _lessons(self, student: Student) -> list[PackedBlocks]:
         """Return all that a model is trained on, as its own tokenizer cuts it."""
         own = [self._answers(name, prompts, student) for name, prompts in self.prompts.items()]
-        texts = (*self.text.values(), *self.replayed)
+        replayed = self.replayed
+        if own and replayed:  # only answers are learned of what was asked
+            learned = sum(int(batch.predicted.sum()) for blocks in own for batch in blocks.batches(64))
+            replayed = [restrict(blocks, range(blocks.num_documents), self._beside(learned)) for blocks in replayed]
+        texts = (*self.text.values(), *replayed)
         return [*own, *(self.texts.resegmented(blocks, student.tokenizer) for blocks in texts)]
 
     def _answers(self, name: str, prompts: Prompts, student: Student) -> PackedBlocks:
@@ -244,9 +258,9 @@ class RecoveryStage:
     def _chosen(self, name: str, max_tokens: int | None) -> PackedBlocks:
         """Return a domain's training text: the first documents in order of hash, or those that ``select`` chooses."""
         select = self.spec.select
-        if max_tokens is None or (select.method == "random" and select.near_duplicates is None):
+        if select.near_duplicates is None and (max_tokens is None or not needs_embeddings(select)):
             return self._read(name, max_tokens)
-        pool = self._read(name, round(max_tokens * select.pool))
+        pool = self._read(name, None if max_tokens is None else round(max_tokens * select.pool))
         if self.folder.is_done("recover:text", self._text_key, self._documents_file):
             place = {document: index for index, document in enumerate(pool.documents.tolist())}
             chosen = [place[document] for document in read_json(self._documents_file)["chosen"][name]]
@@ -256,7 +270,7 @@ class RecoveryStage:
             places = distinct_documents(pool.texts, select.near_duplicates, progress=self.progress)
             distinct = restrict(pool, places)
         vectors = None
-        if needs_embeddings(select):
+        if max_tokens is not None and needs_embeddings(select):
             require_clusters(select, distinct.num_documents)
             vectors = embed_documents(
                 self.dense(), distinct, self.family, batch_size=self.batch_size, progress=self.progress
@@ -267,19 +281,24 @@ class RecoveryStage:
 
     @cached_property
     def _validation(self) -> dict[str, PackedBlocks]:
+        if self.reference is not None:
+            return self.reference._validation
         names = [*self.domains, *([self.general] if self.general else [])]
         return {name: self.texts.read(name, "validation", self.spec.evaluation_tokens) for name in names}
 
     @cached_property
     def dense_scores(self) -> Mapping[str, TextScore]:
         """The dense model's loss on the validation text, against which all curves are read."""
+        if self.reference is not None:
+            return self.reference.dense_scores
         return self._scores(self.dense(), self.texts.tokenizer, "dense")
 
     def _scores(self, model: Any, tokenizer: Any, name: str) -> dict[str, TextScore]:
+        texts = (self.reference or self).texts
         return {
             bucket: evaluate_text(
                 model,
-                self.texts.resegmented(blocks, tokenizer),
+                texts.resegmented(blocks, tokenizer),
                 self.family,
                 batch_size=self.batch_size,
                 progress=self.progress,
@@ -324,20 +343,19 @@ class RecoveryStage:
         """Return whether a training was finished for what is asked now."""
         return self.folder.is_done(f"recover:{name}", key, self.file(name))
 
-    def training_key(self, name: str, plan: Plan | None, model_key: str) -> str:
+    def training_key(self, name: str, plan: Plan | None, model_key: object) -> str:
         """Return the hash of everything that a training depends on.
 
         Args:
             name: of its row.
             plan: how the trained model was cut; None for the dense model.
-            model_key: hash of the weights that it starts from.
+            model_key: what identifies the weights that it starts from.
         """
-        spec = self.spec.model_dump(exclude={"baselines", "report_to"})
+        unused = {"baselines", "report_to"}
+        if name == FINETUNED:
+            unused |= {"method", "distill", "rounds", "until"}
         cut = plan.to_dict() if plan else None
-        return digest(self._text_key, spec, name, cut, model_key, self._target_key(name))
-
-    def _target_key(self, name: str) -> str:
-        return FINETUNED if self.spec.until == FINETUNED and name != FINETUNED else self.spec.until
+        return digest(self._text_key, self.spec.model_dump(exclude=unused), name, cut, model_key)
 
     def recovery(self, name: str) -> Recovery:
         """Return the record of a finished training."""
@@ -414,7 +432,8 @@ class RecoveryStage:
         trained = self.training_key(FINETUNED, None, "") if spec.teacher == FINETUNED else ""
         key = digest(self._text_key, teacher.keep, spec.cached_logits, spec.temperature, trained)
         folder = self.folder.path / "recovery" / "teacher" / key[:16]
-        cache = cache_teacher(teacher.model(), self.family, examples, keep, spec, folder, key, self.progress)
+        with processes.main_first():
+            cache = cache_teacher(teacher.model(), self.family, examples, keep, spec, folder, key, self.progress)
         return CachedDistillation(self.family, spec, cache)
 
     def keep_joined(self, name: str, key: str, recovery: Recovery, started: float) -> None:

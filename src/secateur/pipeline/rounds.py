@@ -1,21 +1,27 @@
 """Pruning and recovery in turns: a part of the cut, a training, the next part, measured anew on what is left.
 
 Every round is a run of its own in ``rounds/<number>``, on the model of the round before; the dense model teaches all of
-them. What is trained on is what one recovery would have trained on, shared out among the rounds.
+them. Together they take as many training tokens as one recovery would; each takes its part of the text in an order of
+its own, so that some blocks may come in several rounds and others in none.
 """
 
 from __future__ import annotations
 
 import shutil
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
+from functools import reduce
 from pathlib import Path
+from typing import Any
 
-from secateur.errors import ConfigError
+from secateur.errors import ConfigError, PlanError
+from secateur.export.huggingface import PLAN_FILE
+from secateur.pipeline import processes
 from secateur.recipe import UNIT_BUDGETS, Recipe, parse_recipe
-from secateur.records.plan import Plan
+from secateur.records.plan import Plan, composed
 from secateur.records.recovery import Recovery
-from secateur.store.artifacts import atomic_folder
+from secateur.records.units import AXIS_OF
+from secateur.store.artifacts import atomic_folder, read_json, write_json
 
 
 @dataclass(frozen=True, slots=True)
@@ -34,7 +40,7 @@ class Round:
 
 
 def require_sizes(recipe: Recipe) -> None:
-    """Raise ConfigError where a recipe asks for rounds and not for a size that can be shared out among them."""
+    """Raise ConfigError where a recipe asks for rounds that cannot be had here or with its budget."""
     recover, budget = recipe.recover, recipe.prune.budget
     if recover is None or recover.rounds == 1:
         return
@@ -42,6 +48,16 @@ def require_sizes(recipe: Recipe) -> None:
         raise ConfigError(
             f"recover.rounds is {recover.rounds}, and prune.budget names no size that could be shared out among the "
             "rounds. Give a share of parameters or of units, or bytes; or set recover.rounds: 1."
+        )
+    if processes.are_several():
+        raise ConfigError(
+            f"recover.rounds is {recover.rounds}, and every round prunes, which one process does alone. Run this "
+            "command by itself, or set recover.rounds: 1."
+        )
+    if not recipe.prune.layer_kinds():
+        raise ConfigError(
+            f"recover.rounds is {recover.rounds}, and only token ids go, all of them in the first round. Name units of "
+            "layers under prune.units too, or set recover.rounds: 1."
         )
     if recover.until != "end":
         raise ConfigError(
@@ -58,12 +74,42 @@ def run_rounds(recipe: Recipe, plan: Plan, folder: Path, run_round: Callable[[Re
         plan: of the whole cut done at once; the rounds together cut as much.
         folder: where the rounds go.
         run_round: runs one.
+
+    Raises:
+        PlanError: there is too little to remove for so many rounds.
     """
     assert recipe.recover is not None, "only called where there is a recovery"
+    total = recipe.recover.rounds
+    _require_units_for_all(recipe, plan, total)
     rounds: list[Round] = []
-    for number in range(1, recipe.recover.rounds + 1):
-        rounds.append(run_round(_round_recipe(recipe, plan, rounds, number, folder)))
+    for number in range(1, total + 1):
+        try:
+            rounds.append(run_round(_round_recipe(recipe, plan, rounds, number, folder)))
+        except PlanError as error:
+            raise PlanError(f"round {number} of {total}: {error} Or lower recover.rounds.") from None
     return rounds
+
+
+def _require_units_for_all(recipe: Recipe, plan: Plan, rounds: int) -> None:
+    """Refuse more rounds than there are units to remove, before the first one is trained."""
+    assert recipe.prune.budget is not None, "looked at by require_sizes"
+    for kind in recipe.prune.budget.unit_kinds():
+        gone = _num_removed(plan, kind)
+        if gone < rounds:
+            raise PlanError(
+                f"recover.rounds is {rounds}, and prune.budget.{UNIT_BUDGETS[kind]} removes only {gone} units of kind "
+                f"{kind}, less than one a round. Set recover.rounds to {max(gone, 1)}, or remove more."
+            )
+
+
+def _num_removed(plan: Plan, kind: str) -> int:
+    """Return how many units of a kind go; of a uniform plan's widths, how many of every layer."""
+    if kind == "layer":
+        return len(plan.removed_layers)
+    if kind in ("attention", "ffn"):
+        return len(plan.removed_sublayers(kind))
+    removed = [layer.num_removed for layer in plan.layers[kind] if layer.is_narrowed]
+    return max(removed, default=0) if plan.shape == "uniform" else sum(removed)
 
 
 def _round_recipe(recipe: Recipe, plan: Plan, before: Sequence[Round], number: int, folder: Path) -> Recipe:
@@ -96,16 +142,26 @@ def _budget(recipe: Recipe, plan: Plan, last: Plan | None, progress: float) -> d
     asked = recipe.prune.budget.unit_kinds()
     if not asked:
         given_up = _vocabulary_cost(plan)
-        start, end = plan.total_dense - given_up, plan.total_pruned
-        wanted = start * (end / start) ** progress
-        now = plan.total_dense if last is None else last.total_pruned
-        return {"parameters": 1 - wanted / now}
+        size, smallest = plan.total_dense - given_up, plan.total_pruned
+        wanted = size * (smallest / size) ** progress
+        current = plan.total_dense if last is None else last.total_pruned
+        return {"parameters": _share(float(current), wanted, "parameters")}
     shares = {}
     for kind in asked:
         start, end = _units(plan, kind)
         now = start if last is None else _units(last, kind)[1]
-        shares[UNIT_BUDGETS[kind]] = 1 - start * (end / start) ** progress / now
+        shares[UNIT_BUDGETS[kind]] = _share(now, start * (end / start) ** progress, UNIT_BUDGETS[kind])
     return shares
+
+
+def _share(now: float, wanted: float, key: str) -> float:
+    """Return the share that goes, refusing none."""
+    if wanted >= now:
+        raise PlanError(
+            f"nothing is left to remove of {key}, because rounds before it removed more than their part by rounding. "
+            "Lower prune.multiple_of, or remove more in all."
+        )
+    return 1 - wanted / now
 
 
 def _vocabulary_cost(plan: Plan) -> int:
@@ -113,16 +169,25 @@ def _vocabulary_cost(plan: Plan) -> int:
     return sum(plan.parameters_dense.get(part, 0) - plan.parameters_pruned.get(part, 0) for part in parts)
 
 
-def _units(plan: Plan, kind: str) -> tuple[int, int]:
-    """Return how many units of a kind there were, and how many stay."""
+def _units(plan: Plan, kind: str) -> tuple[float, float]:
+    """Return how many units of a kind there were, and how many stay.
+
+    Shares are of what whole layers leave, so all but layers are counted per layer that stays: units inside a sub-layer
+    where that stays too.
+    """
+    gone = set(plan.removed_layers)
     if kind == "layer":
         layers = len(next(iter(plan.layers.values())))
-        return layers, layers - len(plan.removed_layers)
-    if kind in ("attention", "ffn"):
-        layers = len(next(iter(plan.layers.values())))
-        return layers, layers - len(plan.removed_layers) - len(plan.removed_sublayers(kind))
-    layers_ = plan.layers[kind]
-    return sum(layer.num_units for layer in layers_), sum(len(layer.keep) for layer in layers_)
+        return float(layers), float(layers - len(gone))
+    entries = [layer for index, layer in enumerate(plan.layers[AXIS_OF.get(kind, kind)]) if index not in gone]
+    if kind in AXIS_OF:
+        there, left = [layer.num_units > 0 for layer in entries], [bool(layer.keep) for layer in entries]
+        return sum(there) / len(entries), sum(left) / len(entries)
+    entries = [layer for layer in entries if layer.keep]
+    return (
+        sum(layer.num_units for layer in entries) / len(entries),
+        sum(len(layer.keep) for layer in entries) / len(entries),
+    )
 
 
 def joined(rounds: Sequence[Round], name: str) -> Recovery:
@@ -137,6 +202,7 @@ def joined(rounds: Sequence[Round], name: str) -> Recovery:
             )
         steps, tokens, epochs = steps + recovery.steps, tokens + recovery.tokens, epochs + recovery.epochs
     seconds = sum(found.recovery.seconds for found in rounds)
+    training = [found.recovery.tokens / found.recovery.tokens_per_s for found in rounds if found.recovery.tokens_per_s]
     return replace(
         last,
         name=name,
@@ -146,13 +212,28 @@ def joined(rounds: Sequence[Round], name: str) -> Recovery:
         tokens=tokens,
         epochs=epochs,
         seconds=seconds,
+        tokens_per_s=tokens / sum(training) if training else 0.0,
     )
 
 
-def take_result(rounds: Sequence[Round], folder: Path) -> None:
-    """Copy the last round's model to a folder."""
+def take_result(rounds: Sequence[Round], folder: Path, provenance: Mapping[str, Any]) -> None:
+    """Copy the last round's model to a folder, with the cuts of all rounds as one plan of the dense model.
+
+    Args:
+        rounds: in order.
+        folder: where the model goes; replaced if it exists.
+        provenance: saved with the plan.
+    """
+    plan = reduce(composed, (found.plan for found in rounds))
     with atomic_folder(folder) as work:
         shutil.copytree(rounds[-1].folder, work, dirs_exist_ok=True)
+        write_json(work / PLAN_FILE, {**plan.to_dict(), "provenance": dict(provenance)})
+
+
+def read_result_plan(folder: Path) -> Plan:
+    """Return the plan that ``take_result`` left."""
+    data = read_json(folder / PLAN_FILE)
+    return Plan.from_dict({key: value for key, value in data.items() if key != "provenance"})
 
 
 def drop_weights(rounds: Sequence[Round]) -> None:

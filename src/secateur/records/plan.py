@@ -6,7 +6,7 @@ Imports without torch. A plan does not know weights; applying it is the business
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict, dataclass, field, replace
 from itertools import pairwise
 from typing import Any
 
@@ -266,3 +266,58 @@ class Plan:
             return cls(layers=layers, **rest)
         except (KeyError, TypeError, ValueError) as error:
             raise PlanError(f"this is not a plan that secateur wrote: {error!r}. Plan again.") from None
+
+
+def composed(first: Plan, second: Plan) -> Plan:
+    """Return two cuts one after the other as one cut of the model that the first was made for.
+
+    Scores at the edge of the cut and constants are left out, because they are of two different models; what else is
+    said of how units were chosen is the second's, the budget the first's.
+
+    Args:
+        first: of a model.
+        second: of what the first leaves.
+
+    Raises:
+        PlanError: the second was not made for what the first leaves.
+    """
+    gone = set(first.removed_layers)
+    layers = {
+        kind: _composed_layers(per_layer, second.layers.get(kind), gone) for kind, per_layer in first.layers.items()
+    }
+    vocabulary = first.vocabulary
+    if second.vocabulary is not None:
+        kept = second.vocabulary.keep if vocabulary is None else [vocabulary.keep[i] for i in second.vocabulary.keep]
+        vocabulary = replace(vocabulary or second.vocabulary, keep=tuple(kept))
+    return replace(
+        second,
+        model_fingerprint=first.model_fingerprint,
+        shape="uniform" if first.shape == second.shape == "uniform" else "uneven",
+        budget=first.budget,
+        layers=layers,
+        parameters_dense=first.parameters_dense,
+        vocabulary=vocabulary,
+        notes=tuple(dict.fromkeys([*first.notes, *second.notes])),
+    )
+
+
+def _composed_layers(
+    first: Sequence[LayerPlan], second: Sequence[LayerPlan] | None, gone: set[int]
+) -> tuple[LayerPlan, ...]:
+    left = len(first) - len(gone)
+    if second is not None and len(second) != left:
+        raise PlanError(f"a second plan is for {len(second)} layers, and the first one leaves {left}. Plan again.")
+    later = iter(second if second is not None else ())
+    found = []
+    for number, layer in enumerate(first):
+        keep = layer.keep
+        if second is not None and number not in gone:
+            after = next(later)
+            if after.num_units != len(layer.keep):
+                raise PlanError(
+                    f"a second plan is for {after.num_units} units in layer {number}, and the first one leaves "
+                    f"{len(layer.keep)}. Plan again."
+                )
+            keep = tuple(layer.keep[unit] for unit in after.keep)
+        found.append(LayerPlan(layer.num_units, keep))
+    return tuple(found)

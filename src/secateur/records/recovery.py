@@ -69,7 +69,7 @@ class Recovery:
     @property
     def best(self) -> CurvePoint:
         """The point whose weights were kept."""
-        return next(point for point in self.points if point.step == self.best_step)
+        return next(point for point in reversed(self.points) if point.step == self.best_step)
 
     def domain_loss(self, point: CurvePoint, domains: tuple[str, ...]) -> float:
         """Return the mean loss over the domain's buckets at a point, in nats per token."""

@@ -8,7 +8,7 @@ from secateur.records.recovery import CurvePoint, Recovery
 from secateur.report.tables import Table
 
 _OBJECTIVES = {
-    "distill": "distilled from the dense model",
+    "distill": "trained by distillation",
     "finetune": "fine-tuned",
 }
 _STOPS = {
@@ -32,18 +32,23 @@ def describe_recovery(recovery: Recovery) -> str:
 
 
 def curve_table(recoveries: Mapping[str, Recovery]) -> Table:
-    """Return the curves: training loss and held-out loss of every bucket, in nats per token of the dense model."""
+    """Return the curves: training loss, held-out loss of every bucket, and accuracy.
+
+    Held-out losses are in nats per token of the dense model. The training loss is the mean of what was lowered, per
+    learned token, so those of a distillation and of a fine-tuning are not comparable.
+    """
     points = [(name, recovery, point) for name, recovery in recoveries.items() for point in recovery.points]
     buckets = list(points[0][2].losses) if points else []
-    sets = list(points[0][2].accuracy) if points else []
-    columns = ["training", "step", "epoch", "tokens", "training loss", *(f"{bucket} loss" for bucket in buckets)]
+    sets = list(dict.fromkeys(name for _, _, point in points for name in point.accuracy))
+    columns = ["training", "step", "epoch", "tokens", "training objective", *(f"{bucket} loss" for bucket in buckets)]
     columns += [f"{name} accuracy" for name in sets]
     rows = [_point_row(name, recovery, point, buckets, sets) for name, recovery, point in points]
     return Table("recovery (validation text; * marks the weights that were kept)", columns, rows)
 
 
 def _point_row(name: str, recovery: Recovery, point: CurvePoint, buckets: list[str], sets: list[str]) -> list[str]:
-    mark = "*" if point.step == recovery.best_step else ""
+    at_best = [other for other in recovery.points if other.step == recovery.best_step]
+    mark = "*" if point is at_best[-1] else ""  # where rounds meet, two points have the same step
     return [
         name,
         f"{point.step:,}{mark}",
@@ -51,5 +56,5 @@ def _point_row(name: str, recovery: Recovery, point: CurvePoint, buckets: list[s
         f"{point.tokens:,}",
         "" if point.train_loss is None else f"{point.train_loss:.4f}",
         *(f"{point.losses[bucket]:.4f}" for bucket in buckets),
-        *(f"{point.accuracy[name]:.1%}" for name in sets),
+        *(f"{point.accuracy[name]:.1%}" if name in point.accuracy else "" for name in sets),
     ]

@@ -329,17 +329,17 @@ def verdict(evaluation: Evaluation, domains: Sequence[str], bounds: Mapping[str,
     """Return one sentence per domain (smaller by how much, at what loss, against random) and one per bound."""
     models = evaluation.models
     dense, pruned = models["dense"], models["pruned"]
-    smaller = 1 - pruned.total_parameters / dense.total_parameters
+    best = models.get("recovered", pruned)
+    smaller = 1 - best.total_parameters / dense.total_parameters
     sentences = []
     for bucket in domains:
-        best = models.get("recovered", pruned)
         ratio = _ratio_to_dense(best.text[bucket], dense.text[bucket])
         trained = ", after recovery," if best is not pruned else ""
         text = f"{smaller:.1%} fewer parameters; perplexity on held-out {bucket} text{trained} is {ratio} x the dense "
         text += "model's"
         if best is not pruned and "dense_finetuned" in models:
             other = models["dense_finetuned"].text[bucket]
-            text += f" and {_ratio_to_dense(best.text[bucket], other)} x that of the dense model trained alike"
+            text += f" and {_ratio_to_dense(best.text[bucket], other)} x that of the dense model fine-tuned on the same text"
         aside = [
             f"{words}: {_ratio_to_dense(models[name].text[bucket], dense.text[bucket])} x"
             for name, words in _BESIDE.items()

@@ -9,7 +9,7 @@ from typing import Any
 import pytest
 
 from secateur.errors import PlanError
-from secateur.records.plan import LayerPlan, Plan, VocabularyPlan, format_ranges, parse_ranges
+from secateur.records.plan import LayerPlan, Plan, VocabularyPlan, composed, format_ranges, parse_ranges
 
 
 def plan(**changes: Any) -> Plan:
@@ -224,3 +224,36 @@ def test_kept_token_ids_are_written_as_ranges() -> None:
     assert written["vocabulary"]["keep"] == "0-2 7"
     assert Plan.from_dict(written).vocabulary == VocabularyPlan(10, (0, 1, 2, 7))
     assert plan().to_dict()["vocabulary"] is None
+
+
+def test_two_cuts_are_one_cut_of_the_first_model() -> None:
+    """Units, layers and token ids are numbered as in the model that the first plan was made for."""
+    first_layers = {
+        "ffn_channel": (LayerPlan(4, (0, 2, 3)), LayerPlan(4, ()), LayerPlan(4, (1, 2, 3))),
+        "gqa_group": (LayerPlan(2, (0, 1)), LayerPlan(2, ()), LayerPlan(2, (0, 1))),
+    }
+    second_layers = {
+        "ffn_channel": (LayerPlan(3, (1, 2)), LayerPlan(3, (0, 2))),
+        "gqa_group": (LayerPlan(2, (1,)), LayerPlan(2, (0,))),
+    }
+    vocabulary = VocabularyPlan(6, (0, 2, 4, 5))
+    first = Plan(
+        "llama", "one", "uniform", "m", {}, {"parameters": 0.5}, first_layers, {"ffn": 9}, {"ffn": 7}, vocabulary
+    )
+    second = Plan(
+        "llama", "two", "uniform", "m", {}, {}, second_layers, {"ffn": 7}, {"ffn": 5}, VocabularyPlan(4, (1, 3))
+    )
+    both = composed(first, second)
+    assert [layer.keep for layer in both.layers["ffn_channel"]] == [(2, 3), (), (1, 3)]
+    assert [layer.keep for layer in both.layers["gqa_group"]] == [(1,), (), (0,)]
+    assert both.removed_layers == (1,) and both.vocabulary is not None and both.vocabulary.keep == (2, 5)
+    assert (both.model_fingerprint, both.total_dense, both.total_pruned) == ("one", 9, 5)
+    assert Plan.from_dict(both.to_dict()) == both
+
+
+def test_cuts_that_do_not_follow_each_other_are_refused() -> None:
+    first = Plan("llama", "", "uneven", "m", {}, {}, {"ffn_channel": (LayerPlan(4, (0, 2)),)}, {}, {})
+    with pytest.raises(PlanError, match="is for 3 units in layer 0, and the first one leaves 2"):
+        composed(first, replace(first, layers={"ffn_channel": (LayerPlan(3, (0,)),)}))
+    with pytest.raises(PlanError, match="is for 2 layers, and the first one leaves 1"):
+        composed(first, replace(first, layers={"ffn_channel": (LayerPlan(2, (0,)),) * 2}))
