@@ -22,6 +22,7 @@ COMMANDS = {
     "shrink": "Cut the model, save it, reload it and compare.",
     "recover": "Train the pruned model on its domain's text.",
     "evaluate": "Measure dense, pruned and control models on held-out text.",
+    "export": "Write a model folder as a GGUF file for llama.cpp, and compare.",
     "inspect": "Show where a model's parameters are.",
     "vocabulary": "Show which token ids a domain's text uses, and what cutting the others would cost.",
     "methods": "List the scoring methods.",

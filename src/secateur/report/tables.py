@@ -339,7 +339,8 @@ def verdict(evaluation: Evaluation, domains: Sequence[str], bounds: Mapping[str,
         text += "model's"
         if best is not pruned and "dense_finetuned" in models:
             other = models["dense_finetuned"].text[bucket]
-            text += f" and {_ratio_to_dense(best.text[bucket], other)} x that of the dense model fine-tuned on the same text"
+            beside = _ratio_to_dense(best.text[bucket], other)
+            text += f" and {beside} x that of the dense model fine-tuned on the same text"
         aside = [
             f"{words}: {_ratio_to_dense(models[name].text[bucket], dense.text[bucket])} x"
             for name, words in _BESIDE.items()

@@ -1,0 +1,385 @@
+"""A pruned model as one GGUF file for llama.cpp and what is built on it; read back and compared before it is named.
+
+The ``gguf`` library writes and quantises; llama.cpp itself is not needed. Parameters are read, converted and written
+one at a time. What comes from where is decided in ``gguf_architectures`` and ``gguf_tokenizer``.
+"""
+
+from __future__ import annotations
+
+import json
+import math
+import re
+import shutil
+from collections.abc import Iterator, Mapping
+from contextlib import ExitStack, contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from gguf import GGML_QUANT_SIZES, GGMLQuantizationType, GGUFReader, GGUFWriter, LlamaFileType, quants
+from numpy.typing import NDArray
+from safetensors import SafetensorError, safe_open
+
+from secateur.errors import ExportError
+from secateur.export.gguf_architectures import Layout, TensorSource, Value, plan_layout
+from secateur.export.gguf_tokenizer import plan_tokenizer
+from secateur.files import replacing_path
+from secateur.store.artifacts import disk_errors
+from secateur.store.tokenizers import tokenizer_data
+
+Array = NDArray[np.float32]
+
+QUANTIZATIONS = ("F32", "F16", "BF16", "Q8_0", "Q5_1", "Q5_0", "Q4_1", "Q4_0")
+"""What the ``gguf`` library quantises by itself."""
+_STEP = {
+    "F32": 0.0,
+    "F16": 2**-10,
+    "BF16": 2**-8,
+    "Q8_0": 1 / 126,
+    "Q5_1": 1 / 14,
+    "Q5_0": 1 / 14,
+    "Q4_1": 1 / 6,
+    "Q4_0": 1 / 6,
+}
+"""Largest allowed difference of a weight, over the largest weight of its row."""
+_SMALLEST = 1e-5
+"""Differences below this come from the short exponents of float16 scales."""
+_KEPT_WIDE = ("position_embd",)
+_SENSITIVE = ("token_embd", "output")
+"""In four- and five-bit files these stay at eight bits: every token passes through them."""
+
+
+@dataclass(frozen=True, slots=True)
+class GgufReport:
+    """What was written.
+
+    Attributes:
+        file: where.
+        architecture: llama.cpp's name; ``deci`` or ``openelm`` where layers differ.
+        quantization: of the matrices; norms and biases are F32.
+        num_tensors: in the file.
+        size_bytes: of the file.
+        largest_error: largest difference between a weight read back and the model's, over the largest of its row.
+        notes: what a user of the file should know.
+    """
+
+    file: Path
+    architecture: str
+    quantization: str
+    num_tensors: int
+    size_bytes: int
+    largest_error: float
+    notes: tuple[str, ...]
+
+
+def export_gguf(folder: Path, target: Path, *, quantize: str = "F16") -> GgufReport:
+    """Write the model in a Hugging Face folder as a GGUF file, read it back, and return what was written.
+
+    The file appears under its name only after every tensor and every key agreed with the model.
+
+    Args:
+        folder: model, configuration and tokenizer, as ``export_huggingface`` writes them.
+        target: the file; replaced if it exists.
+        quantize: one of ``QUANTIZATIONS``.
+
+    Raises:
+        ExportError: llama.cpp cannot express the model, its tokenizer or the quantisation; the disk is full; or the
+            file does not read back as the model.
+    """
+    kind = _quantization(quantize)
+    with _open_parameters(folder) as parameters:
+        layout, tokenizer, name = _describe(folder, parameters.shapes)
+        kinds = {tensor.name: _tensor_kind(tensor, kind) for tensor in layout.tensors}
+        _require_blocks(layout, kinds)
+        size = sum(_num_bytes(tensor.shape, kinds[tensor.name]) for tensor in layout.tensors)
+        metadata = {
+            "general.name": name,
+            "general.file_type": _file_type(kind),
+            "general.quantization_version": 2,
+            **layout.metadata,
+            **tokenizer[0],
+        }
+        with disk_errors(target):
+            target.parent.mkdir(parents=True, exist_ok=True)
+            _require_space(target, size)
+            with replacing_path(target) as work:
+                _write(work, layout, metadata, kinds, parameters)
+                error = _compare(work, layout, metadata, kinds, parameters)
+        return GgufReport(
+            file=target,
+            architecture=layout.architecture,
+            quantization=kind.name,
+            num_tensors=len(layout.tensors),
+            size_bytes=target.stat().st_size,
+            largest_error=error,
+            notes=(*layout.notes, *tokenizer[1]),
+        )
+
+
+def _quantization(name: str) -> GGMLQuantizationType:
+    if name.upper() in QUANTIZATIONS:
+        return GGMLQuantizationType[name.upper()]
+    advice = ""
+    if "_K" in name.upper() or name.upper().startswith("IQ"):
+        advice = " Write F16 and run llama.cpp's own llama-quantize on that file."
+    raise ExportError(f"unknown quantisation {name!r}; known: {', '.join(QUANTIZATIONS)}.{advice}")
+
+
+def _file_type(kind: GGMLQuantizationType) -> int:
+    plain = {"F32": "ALL_F32"}
+    return int(LlamaFileType[plain.get(kind.name, f"MOSTLY_{kind.name}")])
+
+
+class _Parameters:
+    """The stored parameters of a model folder, opened but not read."""
+
+    def __init__(self, handles: Mapping[str, Any]) -> None:
+        self._handles = dict(handles)
+        self.shapes = {name: tuple(handle.get_slice(name).get_shape()) for name, handle in handles.items()}
+
+    def read(self, name: str) -> Array:
+        """Return one parameter in float32."""
+        values: Array = self._handles[name].get_tensor(name).float().numpy()
+        return values
+
+
+@contextmanager
+def _open_parameters(folder: Path) -> Iterator[_Parameters]:
+    files = sorted(folder.glob("*.safetensors"))
+    if not files:
+        raise ExportError(f"{folder} has no safetensors files. Give the folder of a model saved by save_pretrained.")
+    with ExitStack() as stack:
+        handles: dict[str, Any] = {}
+        try:
+            for file in files:
+                handle = stack.enter_context(safe_open(file, framework="pt"))
+                handles |= dict.fromkeys(handle.keys(), handle)
+        except (OSError, SafetensorError) as error:
+            raise ExportError(f"weights in {folder} cannot be read: {error}. Export the model again.") from None
+        yield _Parameters(handles)
+
+
+def _describe(
+    folder: Path, shapes: Mapping[str, tuple[int, ...]]
+) -> tuple[Layout, tuple[dict[str, Value], tuple[str, ...]], str]:
+    """Return the layout, the tokenizer's metadata with its notes, and the model's name."""
+    from transformers import AutoConfig, AutoTokenizer
+
+    from secateur.store.modeling import register_uneven_models
+
+    register_uneven_models()
+    try:
+        config = AutoConfig.from_pretrained(folder).to_dict()
+        tokenizer = AutoTokenizer.from_pretrained(folder)
+    except (OSError, ValueError, KeyError) as error:
+        raise ExportError(f"{folder} is not a model folder that transformers loads: {error}.") from None
+    layout = plan_layout(config, shapes)
+    rows = layout.metadata[f"{layout.architecture}.vocab_size"]
+    assert isinstance(rows, int)
+    described = plan_tokenizer(tokenizer_data(tokenizer), _special_ids(folder, config, tokenizer), rows)
+    metadata = dict(described.metadata)
+    template = tokenizer.chat_template
+    template = template.get("default") if isinstance(template, dict) else template
+    if template:
+        metadata["tokenizer.chat_template"] = template
+    return layout, (metadata, described.notes), _model_name(folder.resolve().name, tokenizer)
+
+
+def _model_name(name: str, tokenizer: Any) -> str:
+    """Return the name to write; at one with "phi-3" llama.cpp looks for Phi-3's tokens, to drop spaces after them."""
+    wanted = {"<unk>", "<s>", "<|endoftext|>"} <= set(tokenizer.get_vocab()) and any(
+        token.rstrip for token in tokenizer.added_tokens_decoder.values()
+    )
+    plain = re.sub(r"(?i)phi-?(?=3)", "phi ", name)
+    if wanted:
+        return name if plain != name else f"phi-3 {name}"
+    return plain
+
+
+def _special_ids(folder: Path, config: Mapping[str, Any], tokenizer: Any) -> dict[str, int]:
+    """Return the ids that llama.cpp treats specially; a second end token becomes its end of turn."""
+    ends = config.get("eos_token_id")
+    ends = list(ends) if isinstance(ends, list) else [ends]
+    generation = folder / "generation_config.json"
+    if generation.is_file():
+        more = json.loads(generation.read_text(encoding="utf-8")).get("eos_token_id")
+        ends += more if isinstance(more, list) else [more]
+    first = tokenizer.eos_token_id
+    ids = {
+        "bos": tokenizer.bos_token_id if tokenizer.bos_token_id is not None else config.get("bos_token_id"),
+        "eos": first if first is not None else ends[0],
+        "unknown": tokenizer.unk_token_id,
+        "padding": tokenizer.pad_token_id if tokenizer.pad_token_id is not None else config.get("pad_token_id"),
+    }
+    others = [end for end in dict.fromkeys(ends) if end is not None and end != ids["eos"]]
+    ids["eot"] = others[0] if others else None
+    return {name: int(number) for name, number in ids.items() if number is not None}
+
+
+def _tensor_kind(tensor: TensorSource, kind: GGMLQuantizationType) -> GGMLQuantizationType:
+    """Return how a tensor is stored: vectors and positions in F32, as llama.cpp wants them."""
+    stem = tensor.name.removesuffix(".weight")
+    if len(tensor.shape) < 2 or stem in _KEPT_WIDE:
+        return GGMLQuantizationType.F32
+    if kind.name.startswith(("Q4", "Q5")) and stem in _SENSITIVE:
+        return GGMLQuantizationType.Q8_0
+    return kind
+
+
+def _require_blocks(layout: Layout, kinds: Mapping[str, GGMLQuantizationType]) -> None:
+    """Refuse rows that are no whole number of quantisation blocks, before anything is written."""
+    wrong: dict[int, list[str]] = {}
+    block = 1
+    for tensor in layout.tensors:
+        size = GGML_QUANT_SIZES[kinds[tensor.name]][0]
+        if tensor.shape[-1] % size:
+            block = size
+            wrong.setdefault(tensor.shape[-1], []).append(tensor.name)
+    if wrong:
+        parts = [
+            f"{', '.join(names[:3])}{f' and {len(names) - 3} more' if len(names) > 3 else ''} have rows of {width} "
+            f"(nearest that fit: {_nearest(width, block)})"
+            for width, names in sorted(wrong.items())[:5]
+        ]
+        more = f"; and {len(wrong) - 5} more widths" if len(wrong) > 5 else ""
+        raise ExportError(
+            f"quantised rows hold whole blocks of {block} weights, and {'; '.join(parts)}{more}. Write F16 or BF16, or "
+            f"prune to widths that are multiples of {block}."
+        )
+
+
+def _nearest(width: int, block: int) -> str:
+    below = width // block * block
+    return f"{below} or {below + block}" if below else str(block)
+
+
+def _num_bytes(shape: tuple[int, ...], kind: GGMLQuantizationType) -> int:
+    block, size = GGML_QUANT_SIZES[kind]
+    return math.prod(shape) // int(block) * int(size)
+
+
+def _require_space(target: Path, size: int) -> None:
+    free = shutil.disk_usage(target.parent).free
+    if free < size:
+        raise ExportError(
+            f"{target.parent} has {free / 1e9:.2f} GB free and the file needs {size / 1e9:.2f} GB. Free space, or "
+            "choose another output or a smaller quantisation."
+        )
+
+
+def _values(tensor: TensorSource, parameters: _Parameters) -> Array:
+    """Return a tensor in float32, in llama.cpp's order."""
+    if not tensor.parameters:
+        filled: Array = np.broadcast_to(np.array(tensor.values, dtype=np.float32), tensor.shape).copy()
+        return filled
+    parts = [parameters.read(name) for name in tensor.parameters]
+    array = parts[0] if len(parts) == 1 else np.concatenate(parts)
+    if tensor.transposed:
+        array = array.T
+    if tensor.heads:
+        array = _rotary_pairs(array, tensor.heads)
+    if tensor.offset:
+        array = array + np.float32(tensor.offset)
+    return np.ascontiguousarray(array)
+
+
+def _rotary_pairs(rows: Array, heads: int) -> Array:
+    """Return the rows with those that rotate together side by side; transformers keeps them half a head apart."""
+    halves = rows.reshape(heads, 2, len(rows) // heads // 2, *rows.shape[1:])
+    return halves.swapaxes(1, 2).reshape(rows.shape)
+
+
+def _write(
+    file: Path,
+    layout: Layout,
+    metadata: Mapping[str, Value],
+    kinds: Mapping[str, GGMLQuantizationType],
+    parameters: _Parameters,
+) -> None:
+    writer = GGUFWriter(file, layout.architecture)
+    try:
+        for key, value in metadata.items():
+            _add(writer, key, value)
+        for tensor in layout.tensors:
+            kind = kinds[tensor.name]
+            size = _num_bytes(tensor.shape, kind)
+            writer.add_tensor_info(tensor.name, tensor.shape, np.dtype(np.float32), size, raw_dtype=kind)
+        writer.write_header_to_file()
+        writer.write_kv_data_to_file()
+        writer.write_ti_data_to_file()
+        for tensor in layout.tensors:
+            writer.write_tensor_data(_quantized(tensor, kinds[tensor.name], parameters))
+    finally:
+        writer.close()
+
+
+def _add(writer: Any, key: str, value: Value) -> None:
+    if isinstance(value, bool):
+        writer.add_bool(key, value)
+    elif isinstance(value, int):
+        writer.add_uint32(key, value)
+    elif isinstance(value, float):
+        writer.add_float32(key, value)
+    elif isinstance(value, str):
+        writer.add_string(key, value)
+    else:
+        writer.add_array(key, value)
+
+
+def _quantized(tensor: TensorSource, kind: GGMLQuantizationType, parameters: _Parameters) -> NDArray[Any]:
+    values = _values(tensor, parameters)
+    if not np.isfinite(values).all():
+        raise ExportError(f"{', '.join(tensor.parameters)} has values that are not finite. Prune again.")
+    with np.errstate(over="ignore", divide="ignore", invalid="ignore"):
+        stored: NDArray[Any] = quants.quantize(values, kind)
+    if stored.dtype == np.float16 and not np.isfinite(stored).all():
+        raise ExportError(
+            f"{', '.join(tensor.parameters)} has the value {np.abs(values).max():.3g}, and float16 ends at 65504. "
+            "Write BF16 or F32."
+        )
+    return stored
+
+
+def _compare(
+    file: Path,
+    layout: Layout,
+    metadata: Mapping[str, Value],
+    kinds: Mapping[str, GGMLQuantizationType],
+    parameters: _Parameters,
+) -> float:
+    """Return the largest error of a file against its model, over the largest weight of a row."""
+    reader = GGUFReader(file)
+    for key, value in {"general.architecture": layout.architecture, **metadata}.items():
+        found = reader.fields[key].contents() if key in reader.fields else None
+        if not _same(found, value):
+            raise ExportError(f"{key} reads back as {found!r:.200} instead of {value!r:.200}; the file is not kept.")
+    stored = {tensor.name: tensor for tensor in reader.tensors}
+    if list(stored) != [tensor.name for tensor in layout.tensors]:
+        raise ExportError("the file reads back with other tensors than were written; it is not kept.")
+    return max(_error(tensor, stored[tensor.name], kinds[tensor.name], parameters) for tensor in layout.tensors)
+
+
+def _same(found: Any, value: Value) -> bool:
+    if isinstance(value, float):
+        return bool(np.float32(value) == np.float32(found))
+    if isinstance(value, list) and value and isinstance(value[0], float):
+        return bool(np.array_equal(np.array(value, np.float32), np.array(found, np.float32)))
+    return bool(found == value)
+
+
+def _error(tensor: TensorSource, stored: Any, kind: GGMLQuantizationType, parameters: _Parameters) -> float:
+    expected = _values(tensor, parameters)
+    found = quants.dequantize(stored.data, kind)
+    if found.shape != expected.shape:
+        raise ExportError(
+            f"{tensor.name} reads back as {found.shape} instead of {expected.shape}; the file is not kept."
+        )
+    largest = np.abs(expected).max(axis=-1, initial=0.0)
+    difference = np.abs(found - expected).max(axis=-1, initial=0.0)
+    wrong = difference > _STEP[kind.name] * largest + (_SMALLEST if kind != GGMLQuantizationType.F32 else 0.0)
+    if wrong.any() or not np.isfinite(found).all():
+        raise ExportError(
+            f"{tensor.name} reads back with an error of {difference.max():.3g}; the file is not kept. Report this."
+        )
+    return float((difference / np.maximum(largest, _SMALLEST)).max(initial=0.0))
