@@ -23,6 +23,7 @@ from gguf import GGUFReader, LlamaFileType
 
 from secateur.errors import ExportError, UnavailableError
 from secateur.export.gguf_tokenizer import missing_bytes, spaces_differ
+from secateur.store.checkpoints import load_model, resolve_model
 from secateur.store.tokenizers import PROBES, encode, tokenizer_data
 
 TOLERANCES = {"F32": 0.02, "F16": 0.02, "BF16": 0.1, "Q8_0": 0.1}
@@ -74,7 +75,7 @@ def verify_in_llama_cpp(
         UnavailableError: xllamacpp is not installed.
         ExportError: llama.cpp does not load the file, or answers differently.
     """
-    from transformers import AutoModelForCausalLM, AutoTokenizer
+    from transformers import AutoTokenizer
 
     from secateur.store.modeling import register_uneven_models
 
@@ -91,7 +92,7 @@ def verify_in_llama_cpp(
     plain = encode(tokenizer, "a", add_special_tokens=False)[-1]
     answer = _ask(gguf, texts, inputs, plain, threads or os.cpu_count() or 1)
     _require_same_tokens(texts, expected, answer["tokens"])
-    model = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32).eval()
+    model = load_model(resolve_model(str(folder)), device="cpu", dtype="float32")
     return _compare(gguf, model, inputs, answer)
 
 
