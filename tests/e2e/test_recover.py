@@ -93,7 +93,8 @@ def test_the_report_tells_of_the_training(finetuned: RunResult) -> None:
     report = (finetuned.folder / "report.md").read_text()
     assert "## Recovery" in report and "fine-tuned on" in report
     assert "`recovered` was fine-tuned" in (finetuned.folder / "recovered" / "README.md").read_text()
-    assert "No recovery training was done" in (finetuned.folder / "model" / "README.md").read_text()
+    before = (finetuned.folder / "model" / "README.md").read_text()
+    assert "No recovery training was done" in before and "This is the model before its training" in before
 
 
 def test_the_same_recipe_again_trains_nothing(pico: Pico, finetuned: RunResult) -> None:

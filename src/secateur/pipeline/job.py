@@ -121,6 +121,7 @@ Stage = Literal["calibrate", "plan", "shrink", "recover", "evaluate"]
 STAGES: tuple[Stage, ...] = ("calibrate", "plan", "shrink", "recover", "evaluate")
 
 TRAINED = (FINETUNED, RECOVERED, RANDOM_RECOVERED)
+_BEFORE_RECOVERY = "This is the model before its training; the trained one was saved as `recovered`. "
 ROWS = ("dense", FINETUNED, "pruned", RECOVERED, "random", RANDOM_RECOVERED, "reversed")
 """Rows of the evaluation, in the order of the table."""
 
@@ -1190,13 +1191,14 @@ class _Job:
                 continue
             if folder == RECOVERED and in_rounds:
                 plan = read_result_plan(place)
+            untrained = folder != RECOVERED and RECOVERED in self.result.recoveries
             card = render_model_card(
                 plan,
                 base_model=self.recipe.model if self.checkpoint.name == self.recipe.model else self.checkpoint.name,
                 base_metadata=read_front_matter(self.checkpoint.folder),
                 domains=list(self.recipe.domain),
                 tables=[*tables, parts_table(plan.parameters_dense, plan.parameters_pruned).markdown() + "\n"],
-                summary=self.result.summary,
+                summary=(_BEFORE_RECOVERY if untrained else "") + self.result.summary,
                 version=versions()["secateur"],
                 recovery=recovery,
             )
