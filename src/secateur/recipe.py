@@ -478,10 +478,14 @@ class RecoverSpec(_Record):
     seed: int = 0
 
     @property
+    def is_taught_by_finetuned(self) -> bool:
+        """Whether the teacher is the dense model fine-tuned on the same text."""
+        return self.method == "distill" and self.distill.teacher == "dense_finetuned"
+
+    @property
     def needs_finetuned(self) -> bool:
         """Whether the dense model has to be fine-tuned before the pruned one is trained."""
-        taught = self.method == "distill" and self.distill.teacher == "dense_finetuned"
-        return taught or self.until == "dense_finetuned"
+        return self.is_taught_by_finetuned or self.until == "dense_finetuned"
 
     @model_validator(mode="before")
     @classmethod

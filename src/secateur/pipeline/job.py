@@ -1075,8 +1075,8 @@ class _Job:
         evaluation = self.evaluation.measure({name: rows[name] for name in ROWS if name in rows}, vocabulary)
         for name in trained:
             self._train(name)
-            if name == RANDOM_RECOVERED or (name == FINETUNED and not self._is_taught_by_finetuned):
-                self._drop(name)
+            if self.recovery is not None and not self._is_kept(name):
+                self.recovery.drop(name)
         self.result.evaluation = evaluation
         self.result.summary = verdict(evaluation, list(self.recipe.domain), self._bounds)
         self._write_reports(plan, evaluation)
@@ -1114,18 +1114,12 @@ class _Job:
         found = self._saved_candidate(self.recovery.saved(name))
         if name == FINETUNED:
             found = replace(found, tokenizer=self.tokenizer)
-        kept = name == RECOVERED or (name == FINETUNED and self._is_taught_by_finetuned)
-        return found if kept else replace(found, forget=partial(self.recovery.drop, name))
+        return found if self._is_kept(name) else replace(found, forget=partial(self.recovery.drop, name))
 
-    @property
-    def _is_taught_by_finetuned(self) -> bool:
-        """Whether the fine-tuned dense model teaches; then its weights are kept for cuts of other sizes."""
-        recover = self.recipe.recover
-        return recover is not None and recover.method == "distill" and recover.distill.teacher == FINETUNED
-
-    def _drop(self, name: str) -> None:
+    def _is_kept(self, name: str) -> bool:
+        """Whether a trained model's weights stay: the result's do, and those of a baseline that teaches other sizes."""
         assert self.recovery is not None, "only rows of a recovery are trained"
-        self.recovery.drop(name)
+        return name == RECOVERED or (name == FINETUNED and self.recovery.spec.is_taught_by_finetuned)
 
     def _control_candidate(self, name: str, plan: Plan) -> Candidate:
         if self._control is not None and self._control[0] == name:

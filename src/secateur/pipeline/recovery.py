@@ -6,7 +6,6 @@ only until they have been measured.
 
 from __future__ import annotations
 
-import math
 import shutil
 import time
 from collections.abc import Callable, Mapping, Sequence
@@ -37,7 +36,7 @@ from secateur.records.plan import Plan
 from secateur.records.recovery import Recovery
 from secateur.recover.batch import Objective
 from secateur.recover.checkpoints import forget
-from secateur.recover.curve import Probe
+from secateur.recover.curve import Probe, domain_loss
 from secateur.recover.examples import TrainingExamples
 from secateur.recover.self_generated import generate_responses, require_chat_template
 from secateur.recover.teacher import CachedDistillation, Distillation, NextToken, cache_teacher
@@ -417,9 +416,8 @@ class RecoveryStage:
         if self.spec.until == "end" or name == FINETUNED:
             return None
         if self.spec.until == FINETUNED:
-            record = self.recovery(FINETUNED)
-            return record.domain_loss(record.best, tuple(self.domains))
-        return math.fsum(self.dense_scores[bucket].nll_per_token for bucket in self.domains) / len(self.domains)
+            return domain_loss(self.recovery(FINETUNED).best.losses, self.domains)
+        return domain_loss({name: score.nll_per_token for name, score in self.dense_scores.items()}, self.domains)
 
     def _objective(self, name: str, student: Student, examples: TrainingExamples) -> Objective:
         """Return what a training lowers; the dense model has nothing to learn from itself, so it learns the text."""

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import math
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass
 from typing import Any, Literal
@@ -70,10 +69,6 @@ class Recovery:
     def best(self) -> CurvePoint:
         """The point whose weights were kept."""
         return next(point for point in reversed(self.points) if point.step == self.best_step)
-
-    def domain_loss(self, point: CurvePoint, domains: tuple[str, ...]) -> float:
-        """Return the mean loss over the domain's buckets at a point, in nats per token."""
-        return math.fsum(point.losses[name] for name in domains) / len(domains)
 
     def to_dict(self) -> dict[str, Any]:
         """Return plain data for JSON."""
