@@ -442,6 +442,8 @@ class _Job:
                 _ = self.texts.split(name, split)
             if self.recipe.prune.reconstruct == "pruned" and name in self.pruning_buckets and until != "calibrate":
                 _ = self.texts.split(name, "validation")
+            if name in self._bounds and until != "calibrate":
+                _ = self.texts.sizing(name)
         if self.recovery is not None and until in ("recover", "evaluate"):
             self.recovery.save_documents()
         if until == "evaluate" and not self.evaluation.is_done("dense", self._evaluation_key("dense", None)):
@@ -686,6 +688,8 @@ class _Job:
         inputs = [] if merged is None else [statistics_digest(merged), *self.gradients.keys()]
         if self.vocabulary is not None:
             inputs += [self.vocabulary.vocabulary.fingerprint, self.vocabulary.merged.fingerprint]
+        if self._bounds:
+            inputs.append(str(self.recipe.evaluate.max_tokens))
         return digest(self.model_fingerprint, inputs, self.recipe.prune.model_dump(), self.checkpoint.dtype.itemsize)
 
     def _plan_for(self, request: Request, scores: Scores, merged: BucketStatistics | None) -> Plan:
@@ -786,7 +790,7 @@ class _Job:
     def _validation_score(self, name: str, model: Any, tokenizer: Any) -> TextScore:
         return evaluate_text(
             model,
-            self.texts.resegmented(self.texts.split(name, "validation"), tokenizer),
+            self.texts.resegmented(self.texts.sizing(name), tokenizer),
             self.checkpoint.geometry.family,
             batch_size=self.recipe.evaluate.batch_size,
             progress=self.progress,

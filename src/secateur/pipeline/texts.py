@@ -9,6 +9,7 @@ from typing import Any
 
 from secateur.corpus import PackedBlocks, load_split, resegment
 from secateur.corpus.choices import ChoiceItem, PackedChoices, pack_choices, read_choices
+from secateur.corpus.packing import restrict
 from secateur.corpus.split import Split
 from secateur.errors import CheckpointError
 from secateur.pipeline.grams import judging_tokens
@@ -39,6 +40,7 @@ class Texts:
     keep_text: bool
     progress: Progress = silent
     _read: dict[tuple[str, Split], PackedBlocks] = field(default_factory=dict)
+    _sizing: dict[str, PackedBlocks] = field(default_factory=dict)
 
     @cached_property
     def tokenizer(self) -> Any:
@@ -67,6 +69,27 @@ class Texts:
         if (name, split) not in self._read:
             self._read[name, split] = self.read(name, split)
         return self._read[name, split]
+
+    def sizing(self, name: str) -> PackedBlocks:
+        """Return the validation text that decides how small the model may be.
+
+        It is as much as the test text is. Documents that judge the fits of a reconstruction are left out, because fits
+        chosen on them look better there than elsewhere; only where nearly nothing else is left, they serve here too.
+        """
+        if name in self._sizing:
+            return self._sizing[name]
+        most, judging = self.recipe.evaluate.max_tokens, 0
+        judged: Collection[int] = ()
+        if self.recipe.prune.reconstruct != "none":
+            judged = set(self.split(name, "validation").documents.tolist())
+            judging = self.split(name, "validation").num_tokens
+        total = None if most is None else most + judging
+        blocks = self.read(name, "validation", total, whole=total is None)
+        fresh = [place for place, document in enumerate(blocks.documents.tolist()) if document not in judged]
+        if judged and blocks.num_tokens >= 2 * judging and fresh:
+            blocks = restrict(blocks, fresh, most)
+        self._sizing[name] = blocks
+        return blocks
 
     def has(self, name: str, split: Split) -> bool:
         """Return whether a split was read already."""
