@@ -35,7 +35,7 @@ from secateur.shrink.reconstruct import choose_reconstruction, reconstruct
 from secateur.shrink.slicing import fold_constants
 from secateur.store.removed import remove_sublayers
 from secateur.stream.hidden import HiddenStates
-from secateur.stream.layers import LayerStream, reader_inputs, reader_names, run_layer
+from secateur.stream.layers import LayerStream, reader_input, reader_inputs, reader_names, run_layer
 from secateur.stream.sources import LayerSource
 from secateur.stream.stand_ins import plain_tensors
 
@@ -46,16 +46,15 @@ pruned inputs can predict; none of it leaves the losses of earlier layers where 
 
 @dataclass(slots=True)
 class _Sums:
-    """Sums over one text at one projection: x xT of its inputs, t xT with the wanted outputs, and t squared."""
+    """Sums over one text at one projection: x xT of the inputs that stay, t xT with what is wanted, and t squared."""
 
     gram: Tensor
     target: Tensor
     power: float
 
     @classmethod
-    def empty(cls, weight: Tensor) -> _Sums:
-        out, channels = weight.shape
-        new = partial(torch.zeros, device=weight.device)
+    def empty(cls, out: int, channels: int, device: torch.device) -> _Sums:
+        new = partial(torch.zeros, device=device)
         return cls(new(channels, channels), new(out, channels), 0.0)
 
     def add(self, inputs: Tensor, wanted: Tensor) -> None:
@@ -98,18 +97,34 @@ class _Text:
                 added = module.get_submodule(attention)(inputs[attention]) if attention else 0.0
             _store(self.middle, index, self.dense[index] + added)
 
-    def sums(self, twin: nn.Module, layer: int, name: str, weight: Tensor, *, attention: bool, share: float) -> _Sums:
+    def sums(
+        self,
+        twin: nn.Module,
+        layer: int,
+        name: str,
+        weight: Tensor,
+        keep: Sequence[int],
+        *,
+        attention: bool,
+        share: float,
+    ) -> _Sums:
         """Return the sums at a projection of the pruned layer, whose weight is still ``weight`` there."""
-        total = _Sums.empty(weight)
+        kept = torch.tensor(list(keep), device=weight.device)
+        total = _Sums.empty(len(weight), len(kept), weight.device)
         for index, (batch, call) in enumerate(self.stream.calls(layer)):
-            output, seen = reader_inputs(twin, self.pruned[index], call, [name])
-            real = batch.valid.to(output.device)
-            inputs = seen[name].reshape(*real.shape, -1)  # some families flatten batches before their FFN
+            if attention:  # what comes after attention is not needed
+                found = reader_input(twin, self.pruned[index], call, name)
+            else:
+                output, seen = reader_inputs(twin, self.pruned[index], call, [name])
+                found = seen[name]
+            real = batch.valid.to(found.device)
+            inputs = found.reshape(*real.shape, -1)  # some families flatten batches before their FFN
             with plain_tensors():
                 if attention:
                     output = self.pruned[index] + twin.get_submodule(name)(inputs)
                 lost = (self.middle if attention else self.after)[index] - output
-                total.add(inputs[real], inputs[real] @ weight.to(inputs).T + share * lost[real])
+                wanted = inputs[real] @ weight.to(inputs).T + share * lost[real]
+                total.add(inputs[real].index_select(1, kept), wanted)
         return total.scaled(self.scale)
 
     def advance(self, twin: nn.Module, layer: int) -> None:
@@ -220,8 +235,8 @@ def _fit_reader(
         keep = kept_channels(axis, units.keep)
         _fold(reader, geometry, weight, units.constants)
     share = RESIDUAL_SHARE if _adds_to_stream(geometry, sublayer) else 0.0
-    sums = [text.sums(twin, layer, name, weight, attention=sublayer == ATTENTION, share=share) for text in texts]
-    chosen, report = _fit(axis, weight, keep, sums[:num_fitted], sums[num_fitted:])
+    sums = [text.sums(twin, layer, name, weight, keep, attention=sublayer == ATTENTION, share=share) for text in texts]
+    chosen, report = _fit(axis, weight[:, keep], sums[:num_fitted], sums[num_fitted:])
     (found.weights if kinds else found.refitted)[axis.reader] = chosen
     found.reports.append(report)
     _put(reader, geometry, keep, chosen)
@@ -282,9 +297,10 @@ def _total(sums: Sequence[_Sums]) -> _Sums:
 
 
 def _fit(
-    axis: UnitAxis, weight: Tensor, keep: Sequence[int], fitted: Sequence[_Sums], held_out: Sequence[_Sums]
+    axis: UnitAxis, weight: Tensor, fitted: Sequence[_Sums], held_out: Sequence[_Sums]
 ) -> tuple[Tensor, ModuleReport]:
-    kept, fit, judge = torch.tensor(list(keep)), _total(fitted), _total(held_out)
+    """Return the weight fitted to sums over the channels that stay, which are all that ``weight`` has."""
+    kept, fit, judge = torch.arange(weight.shape[1]), _total(fitted), _total(held_out)
     chosen = choose_reconstruction(
         weight,
         fit.gram,

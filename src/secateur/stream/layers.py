@@ -34,6 +34,7 @@ from typing import Any
 from jaxtyping import Float
 from torch import Tensor, nn
 
+from secateur.errors import FamilyError
 from secateur.families.geometry import Geometry
 from secateur.progress import Progress, silent
 from secateur.records.blocks import BlockBatch, TokenBlocks
@@ -80,6 +81,38 @@ def reader_inputs(
         with plain_tensors():
             output = run_layer(module, hidden, call)
     return output, inputs
+
+
+def reader_input(
+    module: nn.Module, hidden: Float[Tensor, "batch seq hidden"], call: LayerCall, name: str
+) -> Float[Tensor, "batch seq channels"]:
+    """Return what enters one named module inside a decoder layer; nothing after it is run, and no gradients taken.
+
+    Args:
+        module: the layer, or a changed copy of it.
+        hidden: states that enter it.
+        call: its other arguments.
+        name: of the module inside the layer.
+    """
+    handle = module.get_submodule(name).register_forward_pre_hook(_stop)
+    try:
+        with plain_tensors():
+            run_layer(module, hidden, call)
+    except _Reached as reached:
+        return reached.inputs
+    finally:
+        handle.remove()
+    raise FamilyError(f"{name} was not called when its layer ran; the family file names another module.")
+
+
+class _Reached(Exception):
+    def __init__(self, inputs: Tensor) -> None:
+        super().__init__()
+        self.inputs = inputs
+
+
+def _stop(_module: nn.Module, args: tuple[Any, ...]) -> None:
+    raise _Reached(args[0])
 
 
 def _keep_input(inputs: dict[str, Tensor], name: str, _module: nn.Module, args: tuple[Any, ...]) -> None:

@@ -61,9 +61,9 @@ def test_the_fit_sees_what_the_model_without_blocks_gives(monkeypatch: pytest.Mo
     sums: list[Any] = []
     fit = streams._fit
 
-    def remember(axis: Any, weight: Tensor, keep: Any, fitted: Any, held_out: Any) -> Any:
+    def remember(axis: Any, weight: Tensor, fitted: Any, held_out: Any) -> Any:
         sums.append(fitted[0])
-        return fit(axis, weight, keep, fitted, held_out)
+        return fit(axis, weight, fitted, held_out)
 
     monkeypatch.setattr(streams, "_fit", remember)
     plan = plan_keeping(geometry, kept, "uneven")
@@ -79,8 +79,9 @@ def test_the_fit_sees_what_the_model_without_blocks_gives(monkeypatch: pytest.Mo
     wanted, dense_after = layer_end(model, 3, token_ids)
     weight = model.get_parameter(f"{reader}.weight").detach()
     target = got @ weight.T + streams.RESIDUAL_SHARE * (dense_after - after)
-    torch.testing.assert_close(sums[-1].gram.double(), got.T @ got, rtol=1e-4, atol=1e-4)
-    torch.testing.assert_close(sums[-1].target.double(), target.T @ got, rtol=1e-4, atol=1e-4)
+    stay = got[:, :40]
+    torch.testing.assert_close(sums[-1].gram.double(), stay.T @ stay, rtol=1e-4, atol=1e-4)
+    torch.testing.assert_close(sums[-1].target.double(), target.T @ stay, rtol=1e-4, atol=1e-4)
     assert sums[-1].power == pytest.approx(float(target.square().sum()), rel=1e-4)
     assert not torch.allclose(got, wanted, rtol=0.1)
 

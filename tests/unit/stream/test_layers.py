@@ -10,10 +10,19 @@ import pytest
 import torch
 from torch import nn
 
+from secateur.errors import FamilyError
 from secateur.families.loader import families
 from secateur.progress import Task
 from secateur.stream.hidden import HiddenStates
-from secateur.stream.layers import LayerStream, LayerView, reader_inputs, reader_names, run_layer, stream_through
+from secateur.stream.layers import (
+    LayerStream,
+    LayerView,
+    reader_input,
+    reader_inputs,
+    reader_names,
+    run_layer,
+    stream_through,
+)
 from secateur.stream.sources import LoadedLayers
 from secateur.stream.stand_ins import LayerCall
 from tests.blocks import hand_made_blocks
@@ -73,6 +82,24 @@ def test_a_modules_inputs_are_kept_as_they_were_read(stream: LayerStream, hidden
         with pytest.raises(TypeError):
             reader_inputs(module, hidden[0], LayerCall((), {"no_such": 1, "position_embeddings": 1}), ["mlp.down_proj"])
         assert not any(part._forward_pre_hooks for part in module.modules())
+
+
+def test_one_modules_input_is_had_without_running_what_comes_after_it(
+    stream: LayerStream, hidden: HiddenStates, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """It is what the whole layer gives it; a module that the layer never calls is named."""
+    stream.start(hidden)
+    _, call = next(iter(stream.calls(0)))
+    with stream.layer(0) as module:
+        _, inputs = reader_inputs(module, hidden[0], call, ["self_attn.o_proj"])
+        with monkeypatch.context() as patch:
+            patch.setattr(module.mlp, "forward", pytest.fail)
+            found = reader_input(module, hidden[0], call, "self_attn.o_proj")
+        assert torch.equal(found, inputs["self_attn.o_proj"])
+        assert not any(part._forward_pre_hooks for part in module.modules())
+        module.add_module("unused", torch.nn.Linear(1, 1))
+        with pytest.raises(FamilyError, match="unused was not called"):
+            reader_input(module, hidden[0], call, "unused")
 
 
 def test_readers_are_named_from_inside_the_layer() -> None:
