@@ -210,6 +210,20 @@ class Blocks(_Data):
         return self
 
 
+class OlderRope(_Data):
+    """Where configurations kept, before transformers 5, what newer ones keep under ``rope_parameters``.
+
+    Attributes:
+        keys: older configuration key, and the path of its value inside ``rope_parameters`` (a dot goes deeper).
+        scaling: path of the part that becomes ``rope_scaling`` where its type is not the default; empty: all of it.
+        scaling_keys: the only keys that ``rope_scaling`` may have; empty: any.
+    """
+
+    keys: dict[str, str] = {"rope_theta": "rope_theta", "partial_rotary_factor": "partial_rotary_factor"}
+    scaling: str = ""
+    scaling_keys: tuple[str, ...] = ()
+
+
 class Family(_Data):
     """One family of decoder-only language models.
 
@@ -227,6 +241,7 @@ class Family(_Data):
         blocks: the sub-layers, and what belongs to whole layers. ``num_layers`` under ``dimensions`` is read from the
             configuration key that counts them.
         axes: the unit kinds.
+        older_rope: how configurations named the rotary settings before transformers 5.
     """
 
     name: str
@@ -239,6 +254,7 @@ class Family(_Data):
     parts: dict[str, tuple[str, ...]]
     blocks: Blocks
     axes: tuple[Axis, ...]
+    older_rope: OlderRope = OlderRope()
 
     @model_validator(mode="after")
     def _complete(self) -> Family:

@@ -27,6 +27,7 @@ from secateur.families.geometry import Geometry, build_geometry
 from secateur.families.loader import family_of, is_supported
 from secateur.files import cache_folder
 from secateur.store.artifacts import atomic_folder, digest, disk_errors, write_json, write_text
+from secateur.store.portable import write_older_keys
 
 _DTYPES = {
     "float64": torch.float64,
@@ -501,20 +502,20 @@ def _restore_buffers(model: Any, dense: Any) -> None:
             owner.register_buffer(name.rpartition(".")[2], originals[name].clone(), persistent=False)
 
 
-def save_model(model: Any, folder: Path) -> None:
+def save_model(model: Any, folder: Path, *, max_shard_size: str = "50GB") -> None:
     """Write a model's configuration, generation configuration and safetensors into an existing folder.
 
-    ``rope_theta`` is written beside ``rope_parameters``: older transformers read only the former, and would silently
-    use another value.
+    The configuration is written so that older transformers read it right too, and a model of uneven shape brings the
+    code with it that others need.
+
+    Args:
+        model: a transformers model.
+        folder: where to.
+        max_shard_size: weights beyond it are spread over several files with an index.
     """
     with _without_bars():
-        model.save_pretrained(folder)
-    file = folder / "config.json"
-    config = json.loads(file.read_text(encoding="utf-8"))
-    rope = config.get("rope_parameters")
-    if isinstance(rope, dict) and "rope_theta" in rope and "rope_theta" not in config:
-        config["rope_theta"] = rope["rope_theta"]
-        file.write_text(json.dumps(config, indent=2, ensure_ascii=False) + "\n", encoding="utf-8")
+        model.save_pretrained(folder, max_shard_size=max_shard_size)
+    write_older_keys(folder)
 
 
 def copy_side_files(source: Path, target: Path) -> None:

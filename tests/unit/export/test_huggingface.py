@@ -80,10 +80,10 @@ def test_a_model_that_reloads_differently_is_not_kept(tmp_path: Path, monkeypatc
     (tmp_path / "model" / "earlier").write_text("x")
     save = model.save_pretrained
 
-    def save_other_weights(folder: Path) -> None:
+    def save_other_weights(folder: Path, **options: Any) -> None:
         with torch.no_grad():
             model.model.norm.weight += 1.0
-        save(folder)
+        save(folder, **options)
         with torch.no_grad():
             model.model.norm.weight -= 1.0
 
@@ -97,7 +97,7 @@ def test_a_model_that_reloads_differently_is_not_kept(tmp_path: Path, monkeypatc
 def test_an_export_without_weights_is_refused(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """A folder without safetensors is no model."""
     model, plan = pruned(families()["llama"], "uniform")
-    monkeypatch.setattr(model, "save_pretrained", lambda folder: (folder / "config.json").write_text("{}"))
+    monkeypatch.setattr(model, "save_pretrained", lambda folder, **_: (folder / "config.json").write_text("{}"))
     with pytest.raises(ExportError, match="no weights were written"):
         export(model, plan, tmp_path / "model")
     assert not (tmp_path / "model").exists()

@@ -15,6 +15,7 @@ from torch import nn
 from transformers import AutoConfig, AutoModelForCausalLM
 
 from secateur.errors import CheckpointError, ExportError, FamilyError, PlanError, UnavailableError
+from secateur.families.loader import families
 from secateur.families.schema import Family
 from secateur.store import checkpoints
 from secateur.store.checkpoints import (
@@ -33,6 +34,7 @@ from secateur.store.checkpoints import (
     save_model,
     weight_bytes,
 )
+from secateur.store.portable import portable_code
 from tests.conftest import geometry_of, pico_model
 from tests.pico import Pico, pico_tokenizer, random_model, save_model_folder
 from tests.pruning import choose_units, plan_keeping, prune
@@ -401,6 +403,50 @@ def test_models_without_rope_get_none(tmp_path: Path) -> None:
     """GPT-2 has no rotary positions and no such key."""
     save_model(random_model(model_type="gpt2", n_embd=16, n_layer=1, n_head=2, n_positions=32), tmp_path)
     assert "rope_theta" not in json.loads((tmp_path / "config.json").read_text())
+
+
+def test_an_uneven_model_brings_its_code_however_it_is_saved(tmp_path: Path) -> None:
+    """By our function, by transformers' own, as a configuration alone, after loading: never one without the other."""
+    dense = pico_model(families()["llama"], dtype=torch.float32)
+    _, pruned = shrunk(families()["llama"], "uneven")
+    save_model(pruned, tmp_path / "ours")
+    pruned.save_pretrained(tmp_path / "theirs")
+    AutoModelForCausalLM.from_pretrained(tmp_path / "ours").save_pretrained(tmp_path / "again")
+    pruned.config.save_pretrained(tmp_path / "config")
+    for name in ("ours", "theirs", "again", "config"):
+        config = json.loads((tmp_path / name / "config.json").read_text())
+        assert config["auto_map"]["AutoModelForCausalLM"] == "modeling_pruned_llama.PrunedLlamaForCausalLM"
+        assert config["rope_theta"] == dense.config.rope_parameters["rope_theta"]
+        assert (tmp_path / name / "modeling_pruned_llama.py").read_text() == portable_code("llama")
+    save_model(dense, tmp_path / "even")
+    assert not list((tmp_path / "even").glob("*.py"))
+
+
+@pytest.mark.parametrize("shape", ["uniform", "uneven"])
+@pytest.mark.parametrize("tied", [False, True])
+def test_weights_in_several_files_are_one_model(shape: str, tied: bool, tmp_path: Path) -> None:
+    """Description, fingerprint, loading and reading a layer at a time: as from one file; a lost part is an error."""
+    _, model = shrunk(families()["qwen2"], shape, tie_word_embeddings=tied)
+    whole, parts = tmp_path / "whole", tmp_path / "parts"
+    save_model(model, whole)
+    save_model(model, parts, max_shard_size="20KB")
+    files = sorted(parts.glob("*.safetensors"))
+    assert len(files) > 2 and (parts / "model.safetensors.index.json").is_file()
+    one, many = resolve_model(str(whole)), resolve_model(str(parts))
+    assert (many.shapes, many.dtype, many.geometry) == (one.shapes, one.dtype, one.geometry)
+    assert many.size_bytes == weight_bytes(parts) == sum(file.stat().st_size for file in files)
+    inputs = {"input_ids": torch.arange(20).reshape(2, 10)}
+    assert compare_reloaded(model, parts, inputs, tolerance=0.0) == 0.0
+    assert fingerprint_loaded(load_model(many, device="cpu")) == fingerprint_loaded(load_model(one, device="cpu"))
+    before = fingerprint(many)
+    tensors = load_file(files[-1])
+    name = sorted(tensors)[0]
+    tensors[name] += 1.0
+    save_file(tensors, files[-1], metadata={"format": "pt"})
+    assert fingerprint(many) != before
+    files[-1].unlink()
+    with pytest.raises(CheckpointError, match=r"could not be loaded|lacks weights"):
+        load_model(resolve_model(str(parts)), device="cpu")
 
 
 def test_licence_texts_come_along(tmp_path: Path) -> None:
