@@ -6,6 +6,7 @@ from collections.abc import Mapping, Sequence
 from typing import Any
 
 from secateur.records.evaluation import Evaluation
+from secateur.records.exported import Exported
 from secateur.records.plan import Plan
 from secateur.records.recovery import Recovery
 from secateur.report.recovery import curve_table, describe_recovery
@@ -17,6 +18,7 @@ from secateur.report.tables import (
     choices_table,
     cut_table,
     evidence_table,
+    format_bytes,
     parts_table,
     plan_table,
     removed_blocks,
@@ -39,6 +41,8 @@ def render_report(
     recipe_yaml: str,
     bounds: Mapping[str, float] | None = None,
     recoveries: Mapping[str, Recovery] | None = None,
+    notes: Sequence[str] = (),
+    exports: Sequence[Exported] = (),
 ) -> str:
     """Return the report of a run as Markdown.
 
@@ -52,6 +56,8 @@ def render_report(
         recipe_yaml: the recipe as resolved.
         bounds: by bucket, how much its loss was allowed to rise; None where the budget was a size.
         recoveries: trainings by the name of their row; None where nothing was trained.
+        notes: what else to say, before the tables.
+        exports: the result in other forms.
     """
     asked = choices_table(evaluation)
     tables = [result_table(evaluation), *([asked] if asked.rows else []), cut_table(plan)]
@@ -67,7 +73,7 @@ def render_report(
         tables.append(curve_table(recoveries))
     if plan.layers:
         tables.append(plan_table(plan))
-    notes = "".join(f"- {note}\n" for note in plan.notes)
+    remarks = "".join(f"- {note}\n" for note in (*plan.notes, *notes))
     versions = ", ".join(f"{name} {version}" for name, version in manifest["versions"].items())
     counted = " or counted" if plan.vocabulary else ""
     counted += " or trained on" if recoveries else ""
@@ -77,13 +83,28 @@ def render_report(
         f"{verdict(evaluation, domains, bounds)}\n\n"
         f"{describe_choice(plan)} All numbers are from documents that were not calibrated on{counted}.\n\n"
         + (f"{SEGMENTATION_NOTE}\n\n" if plan.vocabulary else "")
-        + (f"{notes}\n" if notes else "")
+        + (f"{remarks}\n" if remarks else "")
         + (f"{trainings}\n" if trainings else "")
         + "\n".join(_section(table) for table in tables)
+        + "".join(f"\n{line}\n" for line in _export_lines(exports))
         + "\n## How this was made\n\n"
         f"Model fingerprint `{manifest['model_fingerprint']}`; {versions}.\n\n"
         f"```yaml\n{recipe_yaml}```\n"
     )
+
+
+def _export_lines(exports: Sequence[Exported]) -> list[str]:
+    """Return Markdown paragraphs on the exports, below a heading; nothing where there are none."""
+    if not exports:
+        return []
+    items = [f"- `{each.path}`: {describe_export(each)}" for each in exports]
+    return ["## Exports", "\n".join(items)]
+
+
+def describe_export(exported: Exported) -> str:
+    """Return what an export is, how large, and how it was checked."""
+    what = f"{exported.target} ({exported.form}), {format_bytes(exported.size_bytes)}"
+    return "; ".join([what, *exported.sentences()])
 
 
 def describe_choice(plan: Plan) -> str:

@@ -54,7 +54,8 @@ class Table:
 
 
 def _markdown_row(cells: Sequence[str]) -> str:
-    return "| " + " | ".join(cell.replace("|", r"\|") for cell in cells) + " |"
+    shown = (" ".join(cell.split()).replace("|", r"\|").replace("<", "&lt;") for cell in cells)
+    return "| " + " | ".join(shown) + " |"
 
 
 def format_count(count: int | float) -> str:
