@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import importlib
 import json
 import os
 import subprocess
@@ -45,6 +46,12 @@ def call(capsys: pytest.CaptureFixture[str], *arguments: object) -> Answer:
     output = capsys.readouterr()
     assert isinstance(stopped.value.code, int)
     return Answer(stopped.value.code, output.out, output.err)
+
+
+def replace_in(patch: pytest.MonkeyPatch, place: str, value: Any) -> None:
+    """Put a value in the place of ``module.name``, also where a public function hides a module's name."""
+    module, _, name = place.rpartition(".")
+    patch.setattr(importlib.import_module(module), name, value)
 
 
 def environment(**changes: str) -> dict[str, str]:

@@ -22,10 +22,11 @@ from secateur.errors import (
     SecateurError,
     TokenizerError,
     UnavailableError,
+    VerificationError,
 )
 
 if TYPE_CHECKING:
-    from secateur.api import calibrate, count_tokens, evaluate, plan, recover, run, shrink, shrink_tokenizer
+    from secateur.api import calibrate, count_tokens, evaluate, export, plan, recover, run, shrink, shrink_tokenizer
     from secateur.recipe import Recipe, load_recipe
 
 __version__ = "0.1.0"
@@ -42,10 +43,12 @@ __all__ = [
     "SecateurError",
     "TokenizerError",
     "UnavailableError",
+    "VerificationError",
     "__version__",
     "calibrate",
     "count_tokens",
     "evaluate",
+    "export",
     "load_recipe",
     "plan",
     "recover",
@@ -60,6 +63,7 @@ _LAZY = {
     "calibrate": "secateur.api",
     "count_tokens": "secateur.api",
     "evaluate": "secateur.api",
+    "export": "secateur.api",
     "plan": "secateur.api",
     "recover": "secateur.api",
     "run": "secateur.api",
@@ -69,7 +73,7 @@ _LAZY = {
 
 
 class _Package(ModuleType):
-    """Keeps the public functions calibrate, evaluate and shrink in view, where rooms have the same names.
+    """Keeps the public functions calibrate, evaluate, export and shrink in view, where rooms have the same names.
 
     Importing ``secateur.shrink`` (the room) would otherwise put it in the place of ``secateur.shrink`` (the function).
     """

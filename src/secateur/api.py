@@ -46,6 +46,7 @@ from secateur.corpus.split import Split
 from secateur.errors import ConfigError, PlanError, TokenizerError
 from secateur.evaluate import evaluate_text
 from secateur.evaluate.footprint import model_shapes
+from secateur.export.targets import export_folder
 from secateur.families.geometry import Geometry, build_geometry
 from secateur.families.loader import family_of
 from secateur.pipeline.gradients import together as gradients_together
@@ -56,6 +57,7 @@ from secateur.pipeline.vocabulary import read_vocabulary
 from secateur.progress import Progress, silent
 from secateur.recipe import CorpusSpec, PruneSpec, Recipe, load_recipe, parse_prune, parse_recipe, parse_recover
 from secateur.records.evaluation import TextScore
+from secateur.records.exported import Exported
 from secateur.records.gradients import GradientStatistics
 from secateur.records.gram import BucketGrams, Grams
 from secateur.records.plan import Plan, VocabularyPlan
@@ -95,7 +97,7 @@ Text = CorpusSpec | Sequence[str] | str | Path
 def run(
     recipe: Recipe | Mapping[str, Any] | str | Path,
     *,
-    until: pipeline.Stage = "evaluate",
+    until: pipeline.Stage = "export",
     progress: Progress = silent,
     **overrides: Any,
 ) -> pipeline.RunResult:
@@ -103,12 +105,13 @@ def run(
 
     Args:
         recipe: a recipe, its plain data, or the path of a YAML file.
-        until: last stage to run: calibrate, plan, shrink or evaluate.
+        until: last stage to run: calibrate, plan, shrink, recover, evaluate or export.
         progress: told about everything that takes time.
         overrides: top-level recipe keys that win over the recipe's, for example ``output="runs/b"``.
 
     Raises:
         SecateurError: anything a user can mend.
+        VerificationError: an engine does not run an export as the model it was made from; all else is done.
     """
     if isinstance(recipe, str | Path):
         recipe = load_recipe(recipe, overrides)
@@ -647,4 +650,44 @@ def evaluate(
     family = family_of(model.config.model_type)
     return evaluate_text(
         model, blocks, family, batch_size=batch_size, num_excluded=blocks.num_excluded, progress=progress
+    )
+
+
+def export(
+    folder: str | Path,
+    to: str = "gguf",
+    *,
+    output: str | Path | None = None,
+    quantize: str | None = None,
+    round_to_fit: bool = False,
+    verify: bool = True,
+    prompts: Sequence[str] = (),
+) -> Exported:
+    """Write the model in a Hugging Face folder in another form, check it, and return what was written.
+
+    It appears under its name only after it was read back and, where the target has an engine that is installed, after
+    the engine agreed with transformers; whether one did is said in ``verified`` and ``not_verified``.
+
+    Args:
+        folder: model, configuration and tokenizer, as a run writes them.
+        to: the target: ``gguf``, ``uniform``, ``nemotron-nas`` or ``onnx``.
+        output: path of the file or folder; replaced if it exists. By default beside ``folder``, named after it.
+        quantize: type of the weights, such as ``Q8_0``; by default the target's first.
+        round_to_fit: fill sizes that the target cannot hold up with zeros, instead of refusing them.
+        verify: ask the engine.
+        prompts: text for the engine; by default some sentences on different matters.
+
+    Raises:
+        ConfigError: the target or the type is unknown.
+        ExportError: the target cannot hold the model, the disk is full, or what was written does not read back.
+        VerificationError: the engine does not run it, or runs it as another model.
+    """
+    return export_folder(
+        Path(folder),
+        None if output is None else Path(output),
+        to,
+        quantize=quantize,
+        round_to_fit=round_to_fit,
+        verify=verify,
+        prompts=prompts,
     )

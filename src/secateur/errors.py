@@ -11,6 +11,7 @@ Every message has three parts: what is wrong, what was received, and what to do.
     |-- PlanError          a budget that cannot be met, or a plan that does not fit its model
     |-- RecoveryError      a training that diverged or does not fit in memory
     |-- ExportError        an artefact that could not be written, or that reloads differently
+    |   `-- VerificationError   an artefact that an engine refuses, or runs as another model; nothing to mend
     `-- UnavailableError   something from outside (a hub, a package registry) that could not be had
 """
 
@@ -18,7 +19,13 @@ from __future__ import annotations
 
 
 class SecateurError(Exception):
-    """Base of all errors that secateur raises on purpose."""
+    """Base of all errors that secateur raises on purpose.
+
+    Attributes:
+        exit_code: of a command that ends with it; 2 is what the user can mend.
+    """
+
+    exit_code = 2
 
 
 class ConfigError(SecateurError):
@@ -51,6 +58,12 @@ class RecoveryError(SecateurError):
 
 class ExportError(SecateurError):
     """An artefact that could not be written, or that differs after reloading."""
+
+
+class VerificationError(ExportError):
+    """An artefact that was written, but that an engine does not run, or runs as another model than was exported."""
+
+    exit_code = 1
 
 
 class UnavailableError(SecateurError):

@@ -557,6 +557,21 @@ class EvaluateSpec(_Record):
         return value
 
 
+class ExportSpec(_Record):
+    """One form that the result is exported to; ``to`` alone may stand for it."""
+
+    to: str
+    quantize: str | None = None
+    round_to_fit: bool = False
+
+    @model_validator(mode="before")
+    @classmethod
+    def _by_name(cls, data: object) -> object:
+        if not isinstance(data, str | Mapping | ExportSpec):
+            raise ValueError("name a target, such as gguf, or give a mapping such as {to: gguf, quantize: Q8_0}")
+        return {"to": data} if isinstance(data, str) else data
+
+
 class Recipe(_Record):
     """Everything one run needs; see the module docstring."""
 
@@ -567,7 +582,7 @@ class Recipe(_Record):
     prune: PruneSpec = PruneSpec()
     recover: RecoverSpec | None = None
     evaluate: EvaluateSpec = EvaluateSpec()
-    export: list[Literal["huggingface"]] = ["huggingface"]
+    export: list[ExportSpec] = []
     output: str = "runs/run"
     device: str = "auto"
     dtype: Literal["auto", "float32", "bfloat16", "float16", "float64"] = "auto"
@@ -635,6 +650,8 @@ def _without_absent(record: object, data: Any) -> Any:
         }
     if isinstance(record, Mapping):
         return {key: _without_absent(value, data[key]) for key, value in record.items()}
+    if isinstance(record, list):
+        return [_without_absent(value, item) for value, item in zip(record, data, strict=True)]
     return data
 
 
@@ -775,6 +792,7 @@ _SECTIONS: dict[str, type[BaseModel]] = {
     "evaluate": EvaluateSpec,
     "choices": ChoicesSpec,
     "splits": SplitRatios,
+    "export": ExportSpec,
 }
 
 

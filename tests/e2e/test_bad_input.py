@@ -17,7 +17,7 @@ import torch
 from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 
-from tests.command import Answer, call
+from tests.command import Answer, call, replace_in
 from tests.pico import Pico, medical_records, save_model_folder, write_records, write_yaml
 
 PROMPT = "Question: {question}\nAnswer: {answer}"
@@ -669,7 +669,7 @@ def test_a_full_disk_is_said_and_leaves_nothing_half_written(
 ) -> None:
     """Whichever file did not fit is named; with space again, the same command succeeds."""
     with monkeypatch.context() as patch:
-        patch.setattr(place, writer)
+        replace_in(patch, place, writer)
         answer = try_it(attempt, capsys, "--json", command="shrink")
     expect_refusal(answer, "the disk is full", named, "Free space, or choose another output")
     expect_nothing_half_written(attempt.output)

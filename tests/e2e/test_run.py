@@ -16,6 +16,7 @@ from typing import Any
 import pytest
 import torch
 import yaml
+from huggingface_hub import ModelCard
 from safetensors.torch import load_file, save_file
 from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer
 
@@ -24,8 +25,9 @@ from secateur.corpus import document_hash, read_documents
 from secateur.pipeline import job as pipeline
 from secateur.recipe import CorpusSpec
 from secateur.records.plan import Plan, format_ranges
+from secateur.report.page import is_available
 from secateur.store.artifacts import read_scores
-from tests.command import call, environment, fresh_python
+from tests.command import call, environment, fresh_python, replace_in
 from tests.pico import (
     INTERMEDIATE_SIZE,
     NUM_GROUPS,
@@ -98,6 +100,7 @@ def test_a_run_leaves_every_result_in_its_folder_and_nothing_else(finished: Path
         "model/tokenizer_config.json",
         "plan.json",
         "recipe.yml",
+        *(["report.html"] if is_available() else []),
         "report.md",
         "scores/contextual.json",
         "scores/contextual.safetensors",
@@ -155,6 +158,10 @@ def test_the_words_agree_with_the_numbers(finished: Path) -> None:
         assert "random" in text
     assert f"{plan.total_dense:,} parameters became {plan.total_pruned:,}" in card
     assert yaml.safe_load(card.split("---")[1])["license"] == "apache-2.0"
+    told = {r.dataset_name: r.metric_value for r in ModelCard(card).data.eval_results if r.metric_type == "perplexity"}
+    measured = {bucket: score["perplexity"] for bucket, score in models["pruned"]["text"].items()}
+    assert told == pytest.approx(measured, rel=1e-4)
+    assert str(finished.parent) not in card and "72.7 kB of local files" in card
     assert "medical.jsonl" in report
 
 
@@ -556,7 +563,7 @@ def test_a_stopped_run_leaves_whole_files_and_resumes(
     run = tmp_path / "run"
     recipe = pico.write_recipe(tmp_path / "r.yml", run)
     with monkeypatch.context() as patch:
-        patch.setattr(place, stop)
+        replace_in(patch, place, stop)
         answer = call(capsys, "run", recipe, "--quiet")
     assert answer.code == 130
     assert "stopped; the same command continues" in answer.err

@@ -9,7 +9,7 @@ import inspect
 import pytest
 
 import secateur
-from secateur.errors import SecateurError
+from secateur.errors import ExportError, SecateurError
 
 
 def test_every_public_name_resolves() -> None:
@@ -23,7 +23,7 @@ def test_every_public_name_resolves() -> None:
 
 def test_rooms_do_not_hide_functions_of_the_same_name() -> None:
     """``secateur.shrink`` is the function also after the room ``secateur.shrink`` was imported, and both can be had."""
-    for name in ("calibrate", "evaluate", "shrink"):
+    for name in ("calibrate", "evaluate", "export", "shrink"):
         room = importlib.import_module(f"secateur.{name}")
         assert inspect.ismodule(room)
         assert inspect.isfunction(getattr(secateur, name))
@@ -32,7 +32,8 @@ def test_rooms_do_not_hide_functions_of_the_same_name() -> None:
 
 def test_every_error_is_public() -> None:
     """Whoever calls the API can catch each of its errors by name."""
-    errors = {error.__name__ for error in SecateurError.__subclasses__() if error.__module__ == "secateur.errors"}
+    kinds = [*SecateurError.__subclasses__(), *ExportError.__subclasses__()]
+    errors = {error.__name__ for error in kinds if error.__module__ == "secateur.errors"}
     assert errors | {"SecateurError"} <= set(secateur.__all__)
 
 

@@ -15,6 +15,7 @@ from secateur.recipe import (
     Budget,
     ChoicesSpec,
     CorpusSpec,
+    ExportSpec,
     PruneSpec,
     Recipe,
     VocabularySpec,
@@ -54,7 +55,7 @@ def test_a_minimal_recipe_is_complete() -> None:
     assert done.prune.budget.channels == 0.1
     assert (done.prune.shape, done.prune.allocation, done.prune.min_keep_ratio) == ("uniform", "auto", 0.1)
     assert done.evaluate.controls == ["random"]
-    assert done.export == ["huggingface"]
+    assert done.export == []
     assert done.trust_remote_code is False
 
 
@@ -62,6 +63,13 @@ def test_a_recipe_is_frozen() -> None:
     """What was asked for cannot change under way."""
     with pytest.raises(ValidationError, match="frozen"):
         recipe().output = "elsewhere"  # type: ignore[misc]
+
+
+def test_an_export_in_short_form_is_a_target() -> None:
+    """The rest has the documented defaults, and survives YAML."""
+    done = recipe(export=["gguf", {"to": "gguf", "quantize": "Q8_0", "round_to_fit": True}])
+    assert done.export == [ExportSpec(to="gguf"), ExportSpec(to="gguf", quantize="Q8_0", round_to_fit=True)]
+    assert parse_recipe(yaml.safe_load(done.to_yaml())) == done
 
 
 def test_questions_in_short_form_are_a_path() -> None:
@@ -244,7 +252,17 @@ def test_unknown_keys_are_refused_with_the_nearest_one(
             "evaluate.choices.a: style letter scores A, B, C ..., but the prompt does not list them",
         ),
         ({"evaluate": {"controls": ["worst"]}}, "evaluate.controls.0: input should be 'random' or 'reversed'"),
-        ({"export": ["onnx"]}, "export.0: input should be 'huggingface'"),
+        ({"export": "gguf"}, "export: input should be a valid list (got 'gguf')"),
+        (
+            {"export": [3]},
+            "export.0: name a target, such as gguf, or give a mapping such as {to: gguf, quantize: Q8_0}",
+        ),
+        ({"export": [{"quantize": "F16"}]}, "export.0.to: field required"),
+        ({"export": [{"to": "gguf", "quantise": "F16"}]}, "unknown key at export.0.quantise: 'quantise'. Did you mean"),
+        (
+            {"export": [{"to": "gguf", "round_to_fit": "much"}]},
+            "export.0.round_to_fit: input should be a valid boolean",
+        ),
         ({"dtype": "int8"}, "dtype: input should be 'auto', 'float32'"),
     ],
 )

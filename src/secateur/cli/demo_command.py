@@ -21,8 +21,10 @@ def command(output: str, as_json: bool, quiet: bool) -> None:
 
     with progress_for(as_json, quiet) as progress:
         inputs = prepare(progress=progress)
-    result = run_stages(demo_recipe(inputs, output), "evaluate", as_json=as_json, quiet=quiet)
+    result = run_stages(demo_recipe(inputs, output), "export", as_json=as_json, quiet=quiet)
     show_run(result, as_json=as_json)
     if not as_json:
         click.echo("\n" + "\n".join(inputs.attributions))
         click.echo(f"\nnext: a recipe for your own model and text; start from {result.folder / 'recipe.yml'}")
+        if result.page is not None:
+            click.echo(f"and look at the page: {result.page}")

@@ -1,6 +1,7 @@
 """The ``secateur`` command: finds commands, and turns errors into messages and exit codes.
 
-Exit codes: 0 done; 2 something the user can mend; 130 stopped by Ctrl-C (a run resumes when called again).
+Exit codes: 0 done; 1 an exported file failed its verification in the engine; 2 something the user can mend; 130
+stopped by Ctrl-C (a run resumes when called again).
 """
 
 from __future__ import annotations
@@ -16,13 +17,17 @@ from secateur.errors import SecateurError
 from secateur.registry import unknown_name
 
 COMMANDS = {
-    "run": "Do the whole job of a recipe: calibrate, plan, shrink, recover, evaluate.",
+    "run": "Do the whole job of a recipe: calibrate, plan, shrink, recover, evaluate, export.",
     "calibrate": "Run the recipe's text through the dense model and keep the statistics.",
     "plan": "Decide what stays, and show it as a table before anything is cut.",
     "shrink": "Cut the model, save it, reload it and compare.",
     "recover": "Train the pruned model on its domain's text.",
     "evaluate": "Measure dense, pruned and control models on held-out text.",
-    "export": "Write a model folder as a GGUF file for llama.cpp, and compare.",
+    "export": "Write a model folder in another form, such as a GGUF file for llama.cpp, and compare.",
+    "report": "Build the page report.html of a finished run again, and its charts as files.",
+    "chat": "Talk to a pruned model, in transformers or llama.cpp.",
+    "serve": "Serve a pruned model over HTTP, by transformers' or llama.cpp's server.",
+    "push": "Send a pruned model to the Hugging Face hub, after checks.",
     "inspect": "Show where a model's parameters are.",
     "vocabulary": "Show which token ids a domain's text uses, and what cutting the others would cost.",
     "methods": "List the scoring methods.",
@@ -65,7 +70,7 @@ def main(arguments: list[str] | None = None) -> None:
         if isinstance(error, click.UsageError) and error.ctx is not None:
             click.echo(f"Try '{error.ctx.command_path} --help'.", err=True)
     except SecateurError as error:
-        code = _fail(str(error), type(error).__name__, arguments)
+        code = _fail(str(error), type(error).__name__, arguments, error.exit_code)
     except (KeyboardInterrupt, click.Abort):
         click.echo("stopped; the same command continues where this one was.", err=True)
         code = 130
@@ -81,11 +86,11 @@ def main(arguments: list[str] | None = None) -> None:
 _OUT_OF_MEMORY = "out of memory. Lower calibrate.batch_size and evaluate.batch_size, then calibrate.block_size."
 
 
-def _fail(message: str, kind: str, arguments: list[str]) -> int:
+def _fail(message: str, kind: str, arguments: list[str], code: int = 2) -> int:
     if "--json" in arguments:
         click.echo(json.dumps({"error": {"type": kind, "message": message}}))
     click.echo(f"error: {message}", err=True)
-    return 2
+    return code
 
 
 if __name__ == "__main__":

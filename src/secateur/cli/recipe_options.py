@@ -99,11 +99,15 @@ def describe_result(result: RunResult) -> dict[str, Any]:
     if result.plan is not None:
         data["parameters"] = {"dense": result.plan.total_dense, "pruned": result.plan.total_pruned}
         data["plan"] = str(result.folder / "plan.json")
-        data["notes"] = list(result.plan.notes)
+        data["notes"] = [*result.plan.notes, *result.notes]
     if result.model_folder is not None:
         data["model"] = str(result.model_folder)
     if result.recoveries:
         data["recoveries"] = {name: recovery.to_dict() for name, recovery in result.recoveries.items()}
+    if result.page is not None:
+        data["page"] = str(result.page)
+    if result.exports:
+        data["exports"] = [exported.to_dict() for exported in result.exports]
     if result.evaluation is not None:
         evaluation = result.evaluation.to_dict()
         scores = [score for model in evaluation["models"].values() for score in model["text"].values()]

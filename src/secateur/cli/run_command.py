@@ -15,18 +15,19 @@ if TYPE_CHECKING:
 @click.command("run")
 @recipe_options
 def command(**arguments: Any) -> None:
-    """Do the whole job of RECIPE: calibrate, plan, shrink, recover (where it says how), evaluate.
+    """Do the whole job of RECIPE: calibrate, plan, shrink, recover (where it says how), evaluate, export.
 
     Finished stages are kept in the run folder and reused, so the same command resumes after a stop and a changed
     budget costs no second calibration.
     """
     options = RecipeOptions(**arguments)
-    show_run(run_recipe(options, "evaluate"), as_json=options.as_json)
+    show_run(run_recipe(options, "export"), as_json=options.as_json)
 
 
 def show_run(result: RunResult, *, as_json: bool) -> None:
     """Print the end of a full run."""
     from secateur.cli.console import print_json, print_table
+    from secateur.report.markdown import describe_export
     from secateur.report.recovery import curve_table, describe_recovery
     from secateur.report.tables import (
         SEGMENTATION_NOTE,
@@ -56,10 +57,13 @@ def show_run(result: RunResult, *, as_json: bool) -> None:
         click.echo(SEGMENTATION_NOTE)
     for recovery in result.recoveries.values():
         click.echo(describe_recovery(recovery))
-    for note in result.plan.notes:
+    for note in (*result.plan.notes, *result.notes):
         click.echo(f"note: {note}")
     click.echo(result.summary)
     click.echo(f"\nmodel:  {result.model_folder}  (reloaded from disk and compared)")
+    for exported in result.exports:
+        click.echo(f"export: {exported.path}  ({describe_export(exported)})")
     click.echo(f"report: {result.folder / 'report.md'}")
+    click.echo(f"page:   {result.page}  (open it in a browser)" if result.page else f"no page: {result.no_page}")
     loader = "import secateur; " if result.plan.shape == "uneven" else ""
     click.echo(f"use it: {loader}AutoModelForCausalLM.from_pretrained({str(result.model_folder)!r})")

@@ -21,6 +21,7 @@ from secateur.recipe import (
     CalibrateSpec,
     CorpusSpec,
     EvaluateSpec,
+    ExportSpec,
     PruneSpec,
     Recipe,
     RecoverSpec,
@@ -118,7 +119,7 @@ def prepare(cache: Path | None = None, progress: Progress = silent, *, pip: PipR
 def demo_recipe(inputs: DemoInputs, output: str | Path) -> Recipe:
     """Return the recipe of the demo: a tenth of the FFN channels go, and the token ids that medical text hardly uses.
 
-    Then the model is trained for a moment, and so is the dense one beside it.
+    Then the model is trained for a moment, and so is the dense one beside it. The result is written for llama.cpp too.
 
     Args:
         inputs: what ``prepare`` returned.
@@ -146,6 +147,7 @@ def demo_recipe(inputs: DemoInputs, output: str | Path) -> Recipe:
             evaluation_tokens=2048,
         ),
         evaluate=EvaluateSpec(max_tokens=8_192, batch_size=4, controls=["random"]),
+        export=[ExportSpec(to="gguf", quantize="F16")],
         output=str(output),
     )
 

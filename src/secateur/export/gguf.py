@@ -6,11 +6,10 @@ one at a time. What comes from where is decided in ``gguf_architectures`` and ``
 
 from __future__ import annotations
 
-import json
 import math
 import re
 import shutil
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
 from pathlib import Path
@@ -23,15 +22,18 @@ from safetensors import SafetensorError, safe_open
 
 from secateur.errors import ExportError
 from secateur.export.gguf_architectures import Layout, TensorSource, Value, plan_layout
-from secateur.export.gguf_tokenizer import plan_tokenizer
+from secateur.export.gguf_tokenizer import TokenizerLayout, plan_tokenizer
 from secateur.files import replacing_path
 from secateur.store.artifacts import disk_errors
+from secateur.store.checkpoints import read_generation_config
 from secateur.store.tokenizers import tokenizer_data
 
 Array = NDArray[np.float32]
 
 QUANTIZATIONS = ("F32", "F16", "BF16", "Q8_0", "Q5_1", "Q5_0", "Q4_1", "Q4_0")
 """What the ``gguf`` library quantises by itself."""
+SPEED_MULTIPLE = 32
+"""Widths that are no multiple of this are slow in llama.cpp, whatever the type."""
 _STEP = {
     "F32": 0.0,
     "F16": 2**-10,
@@ -73,7 +75,63 @@ class GgufReport:
     notes: tuple[str, ...]
 
 
-def export_gguf(folder: Path, target: Path, *, quantize: str = "F16") -> GgufReport:
+@dataclass(frozen=True, slots=True)
+class GgufPlan:
+    """What a GGUF file will hold.
+
+    Attributes:
+        layout: tensors and the model's metadata.
+        tokenizer: metadata of the tokenizer; None where none was given.
+        kind: type of the matrices.
+        kinds: type of every tensor, by name.
+    """
+
+    layout: Layout
+    tokenizer: TokenizerLayout | None
+    kind: GGMLQuantizationType
+    kinds: Mapping[str, GGMLQuantizationType]
+
+
+def plan_gguf(
+    config: Mapping[str, Any],
+    shapes: Mapping[str, tuple[int, ...]],
+    *,
+    quantize: str = "F16",
+    tokenizer: Any = None,
+    generation: Mapping[str, Any] | None = None,
+) -> GgufPlan:
+    """Return what a model's GGUF file will hold; no weight is read.
+
+    Args:
+        config: the plain data of its configuration, defaults included.
+        shapes: the shape of every stored parameter.
+        quantize: one of ``QUANTIZATIONS``.
+        tokenizer: its transformers tokenizer; None leaves the tokenizer out of the check.
+        generation: the plain data of its generation configuration.
+
+    Raises:
+        ExportError: llama.cpp cannot express the model, its tokenizer or the quantisation.
+    """
+    kind = quantization(quantize)
+    layout = plan_layout(config, shapes)
+    described = None
+    if tokenizer is not None:
+        rows = layout.metadata[f"{layout.architecture}.vocab_size"]
+        assert isinstance(rows, int)
+        described = plan_tokenizer(tokenizer_data(tokenizer), _special_ids(config, generation or {}, tokenizer), rows)
+    kinds = {tensor.name: _tensor_kind(tensor, kind) for tensor in layout.tensors}
+    _require_blocks(layout, kinds)
+    return GgufPlan(layout, described, kind, kinds)
+
+
+def export_gguf(
+    folder: Path,
+    target: Path,
+    *,
+    quantize: str = "F16",
+    name: str = "",
+    check: Callable[[Path], None] = lambda file: None,
+) -> GgufReport:
     """Write the model in a Hugging Face folder as a GGUF file, read it back, and return what was written.
 
     The file appears under its name only after every tensor and every key agreed with the model.
@@ -82,23 +140,33 @@ def export_gguf(folder: Path, target: Path, *, quantize: str = "F16") -> GgufRep
         folder: model, configuration and tokenizer, as ``export_huggingface`` writes them.
         target: the file; replaced if it exists.
         quantize: one of ``QUANTIZATIONS``.
+        name: of the model, for those who read the file; by default the folder's.
+        check: called with the finished file before it gets its name; where it raises, there is no such name.
 
     Raises:
         ExportError: llama.cpp cannot express the model, its tokenizer or the quantisation; the disk is full; or the
             file does not read back as the model.
     """
-    kind = _quantization(quantize)
-    with _open_parameters(folder) as parameters:
-        layout, tokenizer, name = _describe(folder, parameters.shapes)
-        kinds = {tensor.name: _tensor_kind(tensor, kind) for tensor in layout.tensors}
-        _require_blocks(layout, kinds)
+    quantization(quantize)
+    with open_parameters(folder) as parameters:
+        config, tokenizer = load_description(folder)
+        planned = plan_gguf(
+            config,
+            parameters.shapes,
+            quantize=quantize,
+            tokenizer=tokenizer,
+            generation=read_generation_config(folder),
+        )
+        layout, kinds, kind = planned.layout, planned.kinds, planned.kind
+        assert planned.tokenizer is not None
         size = sum(_num_bytes(tensor.shape, kinds[tensor.name]) for tensor in layout.tensors)
         metadata = {
-            "general.name": name,
+            "general.name": _model_name(name or folder.resolve().name, tokenizer),
             "general.file_type": _file_type(kind),
             "general.quantization_version": 2,
             **layout.metadata,
-            **tokenizer[0],
+            **planned.tokenizer.metadata,
+            **_chat_template(tokenizer),
         }
         with disk_errors(target):
             target.parent.mkdir(parents=True, exist_ok=True)
@@ -106,6 +174,7 @@ def export_gguf(folder: Path, target: Path, *, quantize: str = "F16") -> GgufRep
             with replacing_path(target) as work:
                 _write(work, layout, metadata, kinds, parameters)
                 error = _compare(work, layout, metadata, kinds, parameters)
+                check(work)
         return GgufReport(
             file=target,
             architecture=layout.architecture,
@@ -113,17 +182,33 @@ def export_gguf(folder: Path, target: Path, *, quantize: str = "F16") -> GgufRep
             num_tensors=len(layout.tensors),
             size_bytes=target.stat().st_size,
             largest_error=error,
-            notes=(*layout.notes, *tokenizer[1]),
+            notes=(*layout.notes, *planned.tokenizer.notes),
         )
 
 
-def _quantization(name: str) -> GGMLQuantizationType:
+def quantization(name: str) -> GGMLQuantizationType:
+    """Return a type by its name, in capitals or not.
+
+    Raises:
+        ExportError: it is not one of ``QUANTIZATIONS``.
+    """
     if name.upper() in QUANTIZATIONS:
         return GGMLQuantizationType[name.upper()]
     advice = ""
     if "_K" in name.upper() or name.upper().startswith("IQ"):
         advice = " Write F16 and run llama.cpp's own llama-quantize on that file."
     raise ExportError(f"unknown quantisation {name!r}; known: {', '.join(QUANTIZATIONS)}.{advice}")
+
+
+def block_size(name: str) -> int:
+    """Return how many weights of a row a type stores together; rows must be multiples of it."""
+    return int(GGML_QUANT_SIZES[quantization(name)][0])
+
+
+def bytes_per_weight(name: str) -> float:
+    """Return what a weight takes in a type, scales included."""
+    block, size = GGML_QUANT_SIZES[quantization(name)]
+    return float(size / block)
 
 
 def _file_type(kind: GGMLQuantizationType) -> int:
@@ -145,7 +230,12 @@ class _Parameters:
 
 
 @contextmanager
-def _open_parameters(folder: Path) -> Iterator[_Parameters]:
+def open_parameters(folder: Path) -> Iterator[_Parameters]:
+    """Give the stored parameters of a model folder, opened but not read.
+
+    Raises:
+        ExportError: there are none, or they cannot be read.
+    """
     files = sorted(folder.glob("*.safetensors"))
     if not files:
         raise ExportError(f"{folder} has no safetensors files. Give the folder of a model saved by save_pretrained.")
@@ -160,30 +250,27 @@ def _open_parameters(folder: Path) -> Iterator[_Parameters]:
         yield _Parameters(handles)
 
 
-def _describe(
-    folder: Path, shapes: Mapping[str, tuple[int, ...]]
-) -> tuple[Layout, tuple[dict[str, Value], tuple[str, ...]], str]:
-    """Return the layout, the tokenizer's metadata with its notes, and the model's name."""
+def load_description(folder: Path) -> tuple[dict[str, Any], Any]:
+    """Return a folder's configuration as plain data, defaults included, and its tokenizer.
+
+    Raises:
+        ExportError: transformers does not load them.
+    """
     from transformers import AutoConfig, AutoTokenizer
 
     from secateur.store.modeling import register_uneven_models
 
     register_uneven_models()
     try:
-        config = AutoConfig.from_pretrained(folder).to_dict()
-        tokenizer = AutoTokenizer.from_pretrained(folder)
+        return AutoConfig.from_pretrained(folder).to_dict(), AutoTokenizer.from_pretrained(folder)
     except (OSError, ValueError, KeyError) as error:
         raise ExportError(f"{folder} is not a model folder that transformers loads: {error}.") from None
-    layout = plan_layout(config, shapes)
-    rows = layout.metadata[f"{layout.architecture}.vocab_size"]
-    assert isinstance(rows, int)
-    described = plan_tokenizer(tokenizer_data(tokenizer), _special_ids(folder, config, tokenizer), rows)
-    metadata = dict(described.metadata)
+
+
+def _chat_template(tokenizer: Any) -> dict[str, Value]:
     template = tokenizer.chat_template
     template = template.get("default") if isinstance(template, dict) else template
-    if template:
-        metadata["tokenizer.chat_template"] = template
-    return layout, (metadata, described.notes), _model_name(folder.resolve().name, tokenizer)
+    return {"tokenizer.chat_template": template} if template else {}
 
 
 def _model_name(name: str, tokenizer: Any) -> str:
@@ -197,14 +284,12 @@ def _model_name(name: str, tokenizer: Any) -> str:
     return plain
 
 
-def _special_ids(folder: Path, config: Mapping[str, Any], tokenizer: Any) -> dict[str, int]:
+def _special_ids(config: Mapping[str, Any], generation: Mapping[str, Any], tokenizer: Any) -> dict[str, int]:
     """Return the ids that llama.cpp treats specially; a second end token becomes its end of turn."""
     ends = config.get("eos_token_id")
     ends = list(ends) if isinstance(ends, list) else [ends]
-    generation = folder / "generation_config.json"
-    if generation.is_file():
-        more = json.loads(generation.read_text(encoding="utf-8")).get("eos_token_id")
-        ends += more if isinstance(more, list) else [more]
+    more = generation.get("eos_token_id")
+    ends += more if isinstance(more, list) else [more]
     first = tokenizer.eos_token_id
     ids = {
         "bos": tokenizer.bos_token_id if tokenizer.bos_token_id is not None else config.get("bos_token_id"),

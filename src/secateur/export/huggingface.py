@@ -1,6 +1,6 @@
 """A Hugging Face folder: model, tokenizer, generation configuration, plan and licence; reloaded before it is named.
 
-Uniform plans load with stock transformers. Uneven plans load after ``import secateur``.
+Uniform plans load with stock transformers. Uneven plans load after ``import secateur``, or by the code in the folder.
 """
 
 from __future__ import annotations

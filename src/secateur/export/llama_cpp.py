@@ -19,19 +19,32 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from gguf import GGUFReader, LlamaFileType
+from gguf import GGMLQuantizationType, GGUFReader, LlamaFileType, quants
 
-from secateur.errors import ExportError, UnavailableError
+from secateur.errors import ExportError, UnavailableError, VerificationError
+from secateur.export.gguf import QUANTIZATIONS, block_size
 from secateur.export.gguf_tokenizer import missing_bytes, spaces_differ
 from secateur.store.checkpoints import load_model, resolve_model
 from secateur.store.tokenizers import PROBES, encode, tokenizer_data
 
-TOLERANCES = {"F32": 0.02, "F16": 0.02, "BF16": 0.1, "Q8_0": 0.1}
-"""Largest allowed mean difference of log-probabilities (nats); others are coarse and may differ by 1.
+TOLERANCE = 0.02
+"""Largest allowed mean difference of log-probabilities (nats), beside what rounding the weights explains.
 
 F32 is not exact either: llama.cpp looks some activation functions up in tables of half precision.
 """
-_COARSE = 1.0
+ROUNDING_FACTOR = 3.0
+"""How many times what rounding the weights does to this very model, in transformers, may be added: llama.cpp rounds
+what enters a product as well, in blocks of the same size. On a real 135M model in Q8_0 all of it came to 0.095 nats and
+the weights' part to 0.057; wrongly placed weights give whole nats."""
+PROMPTS = (
+    "The patient was admitted to hospital with",
+    "Question: What are the symptoms of iron deficiency?\nAnswer:",
+    "In 1969 the first people to walk on the Moon",
+    "The contract shall be governed by the laws of",
+    "def mean(values):\n    return",
+    "The largest river of the continent flows through",
+)
+"""What the comparison reads where no prompts are given."""
 _TOP = 20
 _CONTEXT = 256
 """Tokens that llama.cpp makes room for; it takes multiples of this number only."""
@@ -51,6 +64,7 @@ class Verification:
         same_first: prompts after which both find the same token likeliest.
         mean_difference: of the log-probabilities of llama.cpp's likeliest tokens, in nats.
         largest_difference: of those, in nats.
+        rounding: the part of it that rounding the weights alone makes, measured in transformers.
         tolerance: for ``mean_difference``.
     """
 
@@ -60,7 +74,20 @@ class Verification:
     same_first: int
     mean_difference: float
     largest_difference: float
+    rounding: float
     tolerance: float
+
+    def __str__(self) -> str:
+        return (
+            f"run in llama.cpp (xllamacpp {self.version}): {self.num_texts} texts cut into the same tokens, "
+            f"{self.same_first} of {self.num_prompts} prompts have the same likeliest next token, log-probabilities "
+            f"differ by {self.mean_difference:.4f} nats on average (allowed: {self.tolerance:.3g})"
+        )
+
+
+def is_installed() -> bool:
+    """Return whether llama.cpp can be asked here."""
+    return importlib.util.find_spec("xllamacpp") is not None
 
 
 def verify_in_llama_cpp(
@@ -69,17 +96,19 @@ def verify_in_llama_cpp(
     """Run a GGUF file in llama.cpp and compare it with the model in ``folder``.
 
     The prompts and texts of every kind are tokenised by both. After each prompt (its first 248 tokens) the
-    log-probabilities of llama.cpp's 20 likeliest next tokens are compared with those of the model in float32.
+    log-probabilities of llama.cpp's 20 likeliest next tokens are compared with those of the model in float32. They may
+    differ by ``TOLERANCE`` and ``ROUNDING_FACTOR`` times what rounding the weights as the file does changes in them.
 
     Raises:
         UnavailableError: xllamacpp is not installed.
-        ExportError: llama.cpp does not load the file, or answers differently.
+        ExportError: there are no prompts, or the file cannot be read.
+        VerificationError: llama.cpp does not load the file, or answers differently.
     """
     from transformers import AutoTokenizer
 
     from secateur.store.modeling import register_uneven_models
 
-    if importlib.util.find_spec("xllamacpp") is None:
+    if not is_installed():
         raise UnavailableError("llama.cpp is not installed. Run: pip install xllamacpp")
     if not prompts:
         raise ExportError("no prompts were given to compare llama.cpp by. Give some text of the domain.")
@@ -135,14 +164,14 @@ def _ask(gguf: Path, texts: Sequence[str], inputs: Sequence[Sequence[int]], plai
                 env={**os.environ, "PYTHONPATH": os.pathsep.join(path for path in sys.path if path)},
             )
         except subprocess.TimeoutExpired:
-            raise ExportError(
-                f"llama.cpp did not finish {gguf.name} within {_TIME_LIMIT_S} s; give fewer prompts."
+            raise VerificationError(
+                f"llama.cpp did not finish the file within {_TIME_LIMIT_S} s; give fewer prompts."
             ) from None
         if done.returncode or not answer.is_file():
             lines = [line for line in done.stderr.splitlines() if line.strip()]
             errors = [line for line in lines if "error" in line.lower()] or lines
-            raise ExportError(
-                f"llama.cpp does not run {gguf.name} (exit status {done.returncode}): {' | '.join(errors[-3:]):.600}"
+            raise VerificationError(
+                f"llama.cpp does not run the file (exit status {done.returncode}): {' | '.join(errors[-3:]):.600}"
             )
         result: dict[str, Any] = json.loads(answer.read_text(encoding="utf-8"))
         return result
@@ -156,7 +185,7 @@ def _require_same_tokens(
             place = next(
                 (i for i, (a, b) in enumerate(zip(ours, theirs, strict=False)) if a != b), min(len(ours), len(theirs))
             )
-            raise ExportError(
+            raise VerificationError(
                 f"llama.cpp cuts {text[:60]!r} into other tokens, from number {place} on: "
                 f"{list(theirs[place : place + 5])} instead of {list(ours[place : place + 5])}. "
                 "Do not use the file; report this."
@@ -164,20 +193,20 @@ def _require_same_tokens(
 
 
 def _compare(gguf: Path, model: Any, inputs: Sequence[Sequence[int]], answer: dict[str, Any]) -> Verification:
-    differences: list[float] = []
-    same = 0
-    for ids, likeliest in zip(inputs, answer["next"], strict=True):
-        with torch.inference_mode():
-            logits = model(input_ids=torch.tensor([list(ids)]), use_cache=False).logits[0, -1]
-        log_probs = torch.log_softmax(logits.double(), dim=-1)
-        same += int(int(log_probs.argmax()) == likeliest[0][0])
-        differences += [abs(value - float(log_probs[token])) for token, value in likeliest]
-    kind = _stored_as(gguf)
-    mean, tolerance = sum(differences) / len(differences), TOLERANCES.get(kind, _COARSE)
+    likeliest = [[token for token, _ in found] for found in answer["next"]]
+    exact = [_log_probs(model, ids) for ids in inputs]
+    same = sum(int(int(ours.argmax()) == tokens[0]) for ours, tokens in zip(exact, likeliest, strict=True))
+    theirs = torch.tensor([value for found in answer["next"] for _, value in found], dtype=torch.float64)
+    ours = _at(exact, likeliest)
+    differences, kind = (theirs - ours).abs(), _stored_as(gguf)
+    _round_weights(model, kind)
+    rounding = float((_at([_log_probs(model, ids) for ids in inputs], likeliest) - ours).abs().mean())
+    mean, tolerance = float(differences.mean()), TOLERANCE + ROUNDING_FACTOR * rounding
     if not mean <= tolerance:
-        raise ExportError(
-            f"llama.cpp's log-probabilities differ by {mean:.3g} nats on average (at most {max(differences):.3g}), and "
-            f"{tolerance} is allowed for {kind}. Do not use the file; report this."
+        raise VerificationError(
+            f"llama.cpp's log-probabilities differ by {mean:.3g} nats on average (at most {differences.max():.3g}), "
+            f"and {tolerance:.3g} is allowed for {kind}: {TOLERANCE:g} and {ROUNDING_FACTOR:g} times what rounding the "
+            "weights does. Do not use the file; report this."
         )
     return Verification(
         version=str(answer["version"]),
@@ -185,9 +214,37 @@ def _compare(gguf: Path, model: Any, inputs: Sequence[Sequence[int]], answer: di
         num_prompts=len(inputs),
         same_first=same,
         mean_difference=mean,
-        largest_difference=max(differences),
+        largest_difference=float(differences.max()),
+        rounding=rounding,
         tolerance=tolerance,
     )
+
+
+def _log_probs(model: Any, ids: Sequence[int]) -> torch.Tensor:
+    """Return the log-probabilities of the token after a prompt."""
+    with torch.inference_mode():
+        logits = model(input_ids=torch.tensor([list(ids)]), use_cache=False).logits[0, -1]
+    return torch.log_softmax(logits.double(), dim=-1)
+
+
+def _at(log_probs: Sequence[torch.Tensor], tokens: Sequence[Sequence[int]]) -> torch.Tensor:
+    """Return the log-probabilities of some tokens after each prompt, one after another."""
+    return torch.cat([values[list(wanted)] for values, wanted in zip(log_probs, tokens, strict=True)])
+
+
+def _round_weights(model: Any, kind: str) -> None:
+    """Round a model's matrices as a file of this type does; rows that are no whole number of blocks stay as they are.
+
+    Types that only llama.cpp itself writes are taken for Q4_0.
+    """
+    kind = kind if kind in QUANTIZATIONS else "Q4_0"
+    outer = [layer.weight for layer in (model.get_input_embeddings(), model.get_output_embeddings())]
+    with torch.no_grad():
+        for parameter in model.parameters():
+            own = "Q8_0" if kind.startswith(("Q4", "Q5")) and any(parameter is weight for weight in outer) else kind
+            if parameter.dim() == 2 and parameter.shape[1] % block_size(own) == 0:
+                values = quants.quantize(parameter.numpy(), GGMLQuantizationType[own])
+                parameter.copy_(torch.from_numpy(quants.dequantize(values, GGMLQuantizationType[own])))
 
 
 def _context_of(gguf: Path) -> int:

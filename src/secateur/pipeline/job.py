@@ -1,6 +1,6 @@
 """The main job: every name is resolved first, then the stages run in order; each result is kept and reused.
 
-    check -> calibrate -> plan -> shrink -> recover -> evaluate
+    check -> calibrate -> plan -> shrink -> recover -> evaluate -> export
 
 Where token ids go as well, they are counted and chosen during the check (``vocabulary``), because that needs
 no weights.
@@ -44,10 +44,13 @@ from secateur.export.model_card import read_front_matter, render_model_card
 from secateur.families.geometry import parameters_by_part
 from secateur.pipeline import processes
 from secateur.pipeline.bounds import smallest_within
+from secateur.pipeline.card import describe_corpora, describe_origin, hub_id_of, terms_of
 from secateur.pipeline.depth import DepthStage, Meters
 from secateur.pipeline.evaluation import VOCABULARY, Candidate, EvaluationStage, Row, SmallerVocabulary
+from secateur.pipeline.exports import ExportStage, check_exports, width_note, with_export_widths
 from secateur.pipeline.gradients import GradientStage
 from secateur.pipeline.grams import GramStage, Reconstructor, Supply, summary
+from secateur.pipeline.page import try_page
 from secateur.pipeline.recovery import (
     BASELINES,
     FINETUNED,
@@ -78,6 +81,7 @@ from secateur.records.evaluation import (
     TextScore,
     relative_rise,
 )
+from secateur.records.exported import Exported
 from secateur.records.gradients import GradientStatistics
 from secateur.records.gram import GramsInMemory
 from secateur.records.plan import Plan, VocabularyPlan
@@ -117,8 +121,8 @@ from secateur.store.checkpoints import (
 from secateur.store.run_folder import RunFolder
 from secateur.stream.sources import LoadedLayers
 
-Stage = Literal["calibrate", "plan", "shrink", "recover", "evaluate"]
-STAGES: tuple[Stage, ...] = ("calibrate", "plan", "shrink", "recover", "evaluate")
+Stage = Literal["calibrate", "plan", "shrink", "recover", "evaluate", "export"]
+STAGES: tuple[Stage, ...] = ("calibrate", "plan", "shrink", "recover", "evaluate", "export")
 
 TRAINED = (FINETUNED, RECOVERED, RANDOM_RECOVERED)
 _BEFORE_RECOVERY = "This is the model before its training; the trained one was saved as `recovered`. "
@@ -137,8 +141,11 @@ class RunResult:
         model_folder: the pruned Hugging Face folder; after recovery the recovered one.
         recoveries: what each training went through, by the name of its row.
         evaluation: what was measured.
+        exports: the result in other forms, as the recipe's ``export`` asks.
+        page: the report to look at, or None with the reason in ``no_page``.
         summary: one sentence.
         reused: names of the stages whose earlier results were still valid.
+        notes: what whoever shares the model must know of the dense model's licence.
     """
 
     folder: Path
@@ -147,8 +154,12 @@ class RunResult:
     model_folder: Path | None = None
     recoveries: Mapping[str, Recovery] = field(default_factory=dict)
     evaluation: Evaluation | None = None
+    exports: Sequence[Exported] = ()
+    page: Path | None = None
+    no_page: str = ""
     summary: str = ""
     reused: list[str] = field(default_factory=list)
+    notes: tuple[str, ...] = ()
 
 
 def versions() -> dict[str, str]:
@@ -165,7 +176,7 @@ def require_buckets(asked: Iterable[str], known: Iterable[str], key: str = "buck
             raise ConfigError(f"{key}: " + unknown_name("bucket", name, names))
 
 
-def run(recipe: Recipe, *, until: Stage = "evaluate", progress: Progress = silent) -> RunResult:
+def run(recipe: Recipe, *, until: Stage = "export", progress: Progress = silent) -> RunResult:
     """Do the main job and return what it made.
 
     Args:
@@ -175,6 +186,7 @@ def run(recipe: Recipe, *, until: Stage = "evaluate", progress: Progress = silen
 
     Raises:
         SecateurError: anything a user can mend; raised before the expensive work wherever that is possible.
+        VerificationError: an engine does not run an export as the model it was made from; all else is done.
     """
     if until not in STAGES:
         raise ConfigError(unknown_name("stage", until, STAGES))
@@ -191,12 +203,14 @@ def run(recipe: Recipe, *, until: Stage = "evaluate", progress: Progress = silen
         job.calibrate()
         if until != "calibrate":
             job.plan()
-        if until in ("shrink", "recover", "evaluate"):
+        if until not in ("calibrate", "plan"):
             job.shrink()
-    if until in ("recover", "evaluate"):
+    if until in ("recover", "evaluate", "export"):
         job.recover()
-    if until == "evaluate":
+    if until in ("evaluate", "export"):
         job.evaluate()
+    if until == "export":
+        job.export()
     return job.result
 
 
@@ -210,7 +224,7 @@ class _Job:
         teacher: Teacher | None = None,
         reference: RecoveryStage | None = None,
     ) -> None:
-        self.recipe = recipe
+        self.recipe = self._asked = recipe
         self.teacher = teacher
         self.reference = reference
         self.progress = progress
@@ -370,10 +384,15 @@ class _Job:
         """Resolve every name and refuse what cannot work, before weights are read, text is run or files are written."""
         METHODS[self.recipe.prune.method].check_options(self.recipe.prune.options)
         METHODS[self.recipe.prune.depth_method].check_options(self.recipe.prune.depth_options)
+        if self.recipe.export:
+            check_exports(self.recipe)
+            self.recipe = with_export_widths(self.recipe, self.checkpoint.geometry)
         _ = self.pruning_buckets
         for spec in self.recipe.buckets().values():
             check_sources(spec)
         _ = self.texts.questions
+        terms = terms_of(self.checkpoint)
+        self.result.notes = (f"sharing: {terms.describe()}",) if terms.duties else ()
         device = choose_device(self.recipe.device)
         if self.gradients.kinds:
             dtype = choose_dtype(self.recipe.dtype, self.checkpoint.dtype, device)
@@ -386,6 +405,7 @@ class _Job:
         if self.recovery is not None:
             self.recovery.check()
         self._rehearse()
+        self.exports.check_model(lambda: self.tokenizer)
         self._require_enough_text()
         self._read_new_text(until)
         self._require_enough_text()
@@ -394,6 +414,7 @@ class _Job:
             model=self.recipe.model,
             model_fingerprint=self.model_fingerprint,
             seed=self.recipe.prune.seed,
+            notes=list(self.result.notes),
         )
         self.folder.write_text("recipe.yml", self.recipe.to_yaml())
         if self.vocabulary is not None:
@@ -444,9 +465,10 @@ class _Job:
                 _ = self.texts.split(name, "validation")
             if name in self._bounds and until != "calibrate":
                 _ = self.texts.sizing(name)
-        if self.recovery is not None and until in ("recover", "evaluate"):
+        if self.recovery is not None and until in ("recover", "evaluate", "export"):
             self.recovery.save_documents()
-        if until == "evaluate" and not self.evaluation.is_done("dense", self._evaluation_key("dense", None)):
+        measured = until in ("evaluate", "export")
+        if measured and not self.evaluation.is_done("dense", self._evaluation_key("dense", None)):
             _ = self.texts.test
 
     def _require_enough_text(self) -> None:
@@ -675,6 +697,7 @@ class _Job:
             self.result.plan = self._read_plan(file, merged)
             if merged is not None and not self._has_scores():
                 self._write_scores(merged)
+            self._check_exports()
             return
         started = time.perf_counter()
         self.folder.forget("plan")
@@ -683,6 +706,12 @@ class _Job:
         self.result.plan = self._with_constants(self._with_text(plan), merged)
         write_json(file, self.result.plan.to_dict())
         self.folder.finish("plan", key, started)
+        self._check_exports()
+
+    def _check_exports(self) -> None:
+        """Refuse a plan that the exports cannot hold, before any weight is cut."""
+        plan = self._required_plan()
+        self.exports.check_plan(plan, lambda: self._tokenizer_of(plan))
 
     def _plan_key(self, merged: BucketStatistics | None) -> str:
         inputs = [] if merged is None else [statistics_digest(merged), *self.gradients.keys()]
@@ -824,7 +853,7 @@ class _Job:
     def _with_text(self, plan: Plan) -> Plan:
         """Return the plan with the weights of its texts, and a note where they are few for what is asked of them."""
         mix, supply = self.recipe.prune.mix, self._supply()
-        notes = supply.notes() if supply is not None else []
+        notes = [*width_note(self._asked, self.recipe), *(supply.notes() if supply is not None else [])]
         return replace(plan, mix=normalised(mix) if mix else {}, notes=(*plan.notes, *notes))
 
     def _with_constants(self, plan: Plan, statistics: BucketStatistics | None) -> Plan:
@@ -870,7 +899,7 @@ class _Job:
     def _provenance(self) -> dict[str, Any]:
         """Return where a saved model comes from."""
         return {
-            "model": self.recipe.model,
+            "model": hub_id_of(self.recipe.model) or self.checkpoint.name,
             "calibration": {n: s.corpus_fingerprint for n, s in self.result.statistics.items()},
             "versions": versions(),
         }
@@ -1083,6 +1112,8 @@ class _Job:
                 self.recovery.drop(name)
         self.result.evaluation = evaluation
         self.result.summary = verdict(evaluation, list(self.recipe.domain), self._bounds)
+        assert self.result.model_folder is not None, "shrink() comes first"
+        self.result.exports = self.exports.found(self.result.model_folder)
         self._write_reports(plan, evaluation)
 
     def _evaluation_key(self, name: str, plan: Plan | None) -> str:
@@ -1161,6 +1192,32 @@ class _Job:
             scores = self._score(name, merged, {}, name, {})
         return self._with_constants(same_size_plan(plan, scores, self.checkpoint.geometry, vocabulary), merged)
 
+    # -- export --------------------------------------------------------------------------------------------------
+
+    @cached_property
+    def exports(self) -> ExportStage:
+        """The exports' part of the run; it does nothing where there are none."""
+        return ExportStage(
+            self.recipe.export,
+            self.recipe.prune,
+            list(self.recipe.domain),
+            self.checkpoint,
+            self.texts,
+            self.folder,
+            self.progress,
+            self.result.reused,
+        )
+
+    def export(self) -> None:
+        """Write the result in the forms that are asked for; the report names them, and then what failed is said."""
+        if not self.recipe.export:
+            return
+        assert self.result.model_folder is not None and self.result.evaluation is not None, "they come first"
+        self.result.exports, failures = self.exports.run(self.result.model_folder)
+        self._write_reports(self._required_plan(), self.result.evaluation)
+        if failures:
+            raise failures[0]
+
     # -- words ---------------------------------------------------------------------------------------------------
 
     def _write_reports(self, plan: Plan, evaluation: Evaluation) -> None:
@@ -1175,10 +1232,13 @@ class _Job:
             recipe_yaml=self.recipe.to_yaml(),
             bounds=self._bounds,
             recoveries=self.result.recoveries,
+            notes=self.result.notes,
+            exports=self.result.exports,
         )
         self.folder.write_text("report.md", report)
         tables = [result_table(evaluation), choices_table(evaluation), evidence_table(evaluation)]
         self._write_card([table.markdown() + "\n" for table in tables if table.rows])
+        self.result.page, self.result.no_page = try_page(self.folder.path)
 
     def _write_card(self, tables: Sequence[str]) -> None:
         """Write the model card into every model folder of the run that there is."""
@@ -1199,5 +1259,9 @@ class _Job:
                 summary=(_BEFORE_RECOVERY if untrained else "") + self.result.summary,
                 version=versions()["secateur"],
                 recovery=recovery,
+                evaluation=self.result.evaluation,
+                row=RECOVERED if folder == RECOVERED else "pruned",
+                corpora=describe_corpora(self.recipe, self.result.statistics),
+                origin=describe_origin(self.recipe, self.checkpoint, self.model_fingerprint, versions()),
             )
             self.folder.write_text(f"{folder}/README.md", card)

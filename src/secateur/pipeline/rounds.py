@@ -114,7 +114,7 @@ def _num_removed(plan: Plan, kind: str) -> int:
 
 def _round_recipe(recipe: Recipe, plan: Plan, before: Sequence[Round], number: int, folder: Path) -> Recipe:
     assert recipe.recover is not None
-    data = recipe.model_dump(mode="json", exclude_unset=True)
+    data = recipe.model_dump(mode="json", exclude_unset=True, exclude={"export"})
     prune, recover, total = dict(data.get("prune", {})), dict(data["recover"]), recipe.recover.rounds
     last = before[-1] if before else None
     if last is not None:

@@ -102,6 +102,13 @@ def test_our_errors_exit_with_2(capsys: pytest.CaptureFixture[str], broken: Any,
     assert machine.err == plain.err
 
 
+def test_an_export_that_fails_in_its_engine_exits_with_1(capsys: pytest.CaptureFixture[str], broken: Any) -> None:
+    """Scripts can tell a model that must not be used from something to mend."""
+    broken(errors.VerificationError("llama.cpp answers otherwise."))
+    answer = call(capsys, "methods", "--json")
+    assert answer.code == 1 and answer.json()["error"]["type"] == "VerificationError"
+
+
 @pytest.mark.parametrize("error", [KeyboardInterrupt(), click.Abort()])
 def test_ctrl_c_exits_with_130(capsys: pytest.CaptureFixture[str], broken: Any, error: BaseException) -> None:
     """As shells expect, and it says that nothing is lost."""

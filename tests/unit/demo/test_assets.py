@@ -104,6 +104,7 @@ def test_the_recipe_is_the_main_job_on_these_files(filled: Path, tmp_path: Path)
     assert recipe.recover is not None and recipe.recover.baselines == ["dense"]
     assert recipe.evaluate.max_tokens == 8_192
     assert recipe.evaluate.controls == ["random"]
+    assert [(export.to, export.quantize) for export in recipe.export] == [("gguf", "F16")]
     assert recipe.output == str(tmp_path / "run")
 
 

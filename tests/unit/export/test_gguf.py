@@ -18,6 +18,7 @@ from secateur.export import export_huggingface, gguf
 from secateur.export.gguf import QUANTIZATIONS, export_gguf
 from secateur.export.gguf_architectures import architectures
 from secateur.families.loader import families
+from secateur.store.checkpoints import save_model
 from tests.conftest import geometry_of
 from tests.pico import pico_tokenizer, random_model, save_model_folder
 from tests.pruning import logits, plan_keeping, prune
@@ -66,6 +67,16 @@ def read(file: Path) -> tuple[dict[str, Any], dict[str, np.ndarray]]:
     reader = GGUFReader(file)
     keys = {name: field.contents() for name, field in reader.fields.items()}
     return keys, {tensor.name: quants.dequantize(tensor.data, tensor.tensor_type) for tensor in reader.tensors}
+
+
+def test_weights_in_several_files_make_the_same_file(tmp_path: Path) -> None:
+    """A folder whose weights are spread over files with an index is written as one with a single file."""
+    folder = uneven_folder(tmp_path, "llama")
+    parts = shutil.copytree(folder, tmp_path / "parts" / "uneven", ignore=shutil.ignore_patterns("*.safetensors"))
+    save_model(AutoModelForCausalLM.from_pretrained(folder), parts, max_shard_size="50KB")
+    assert len(list(parts.glob("*.safetensors"))) > 2
+    files = [export_gguf(place, tmp_path / f"{number}.gguf").file for number, place in enumerate((folder, parts))]
+    assert files[0].read_bytes() == files[1].read_bytes()
 
 
 def halves(rows: np.ndarray, head_dim: int) -> np.ndarray:

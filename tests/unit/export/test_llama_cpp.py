@@ -14,7 +14,7 @@ from safetensors.torch import load_file, save_file
 from tokenizers import Tokenizer
 from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedTokenizerFast
 
-from secateur.errors import ExportError, UnavailableError
+from secateur.errors import ExportError, UnavailableError, VerificationError
 from secateur.export import gguf_tokenizer, llama_cpp
 from secateur.export.gguf import QUANTIZATIONS, export_gguf
 from secateur.export.gguf_architectures import architectures
@@ -93,6 +93,21 @@ def test_other_probabilities_are_refused(by: float, folder: Path, engine: Any) -
     """With the difference and what is allowed; what is no number does not pass."""
     engine(lambda answer: shift(answer, by))
     with pytest.raises(ExportError, match=r"differ by (0.03|nan) nats on average .* 0.02 is allowed for F32"):
+        verify_in_llama_cpp(folder.parent / "model.gguf", folder, PROMPTS, threads=1)
+
+
+@pytest.mark.parametrize("quantize", ["F16", "Q8_0", "Q4_0"])
+def test_what_rounding_the_weights_explains_is_allowed(quantize: str, folder: Path, engine: Any) -> None:
+    """Three times that and a little, and no more; it is measured on the model itself."""
+    export_gguf(folder, folder.parent / "model.gguf", quantize=quantize)
+    engine(lambda answer: shift(answer, 0.0))
+    found = verify_in_llama_cpp(folder.parent / "model.gguf", folder, PROMPTS, threads=1)
+    assert 0 < found.rounding < 1
+    assert found.tolerance == pytest.approx(0.02 + 3 * found.rounding)
+    engine(lambda answer: shift(answer, 0.99 * found.tolerance))
+    verify_in_llama_cpp(folder.parent / "model.gguf", folder, PROMPTS, threads=1)
+    engine(lambda answer: shift(answer, 1.01 * found.tolerance))
+    with pytest.raises(VerificationError, match=f"is allowed for {quantize}: 0.02 and 3 times"):
         verify_in_llama_cpp(folder.parent / "model.gguf", folder, PROMPTS, threads=1)
 
 
@@ -210,5 +225,5 @@ def test_a_file_that_the_engine_does_not_load_is_refused(folder: Path) -> None:
     """With the engine's own words; a crash of the engine would end only its own process."""
     file = folder.parent / "model.gguf"
     file.write_bytes(file.read_bytes().replace(b"blk.0.attn_q.weight", b"blk.0.attn_x.weight"))
-    with pytest.raises(ExportError, match=r"llama.cpp does not run model.gguf \(exit status \d+\): "):
+    with pytest.raises(ExportError, match=r"llama.cpp does not run the file \(exit status \d+\): "):
         verify_in_llama_cpp(file, folder, PROMPTS, threads=1)
