@@ -39,7 +39,7 @@ def engine(monkeypatch: pytest.MonkeyPatch) -> list[Sequence[str]]:
 
     def verify(file: Path, folder: Path, prompts: Sequence[str]) -> Verification:
         asked.append(prompts)
-        return Verification("1", 8, len(prompts), len(prompts), 0.001, 0.002, 0.02)
+        return Verification("1", 8, len(prompts), len(prompts), 0.001, 0.002, 0.0, 0.02)
 
     monkeypatch.setattr(llama_cpp, "is_installed", lambda: True)
     monkeypatch.setattr(llama_cpp, "verify_in_llama_cpp", verify)
@@ -134,7 +134,7 @@ def test_a_failed_verification_ends_with_1_and_keeps_all_else(
     def refuse_half_precision(file: Path, *rest: Any) -> Verification:
         if GGUFReader(file).get_field("general.file_type").contents() == 1:
             raise VerificationError("llama.cpp answers otherwise.")
-        return Verification("1", 8, 8, 8, 0.0, 0.0, 0.02)
+        return Verification("1", 8, 8, 8, 0.0, 0.0, 0.0, 0.02)
 
     with monkeypatch.context() as patch:
         patch.setattr(llama_cpp, "verify_in_llama_cpp", refuse_half_precision)
