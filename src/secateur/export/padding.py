@@ -238,8 +238,9 @@ def _wider_config(config: Mapping[str, Any], geometry: Geometry, after: list[dic
 
 
 def _describe(layers: tuple[PaddedLayer, ...], config: Mapping[str, Any], uniform: bool, multiple: int) -> str:
-    if all(layer.before == layer.after for layer in layers) and not uniform:
-        return f"All FFN widths were multiples of {multiple} already; nothing was added."
+    if all(layer.before == layer.after for layer in layers):
+        already = "All layers were of the same size" if uniform else f"All FFN widths were multiples of {multiple}"
+        return f"{already} already; nothing was added."
     if not uniform:
         return f"FFN widths were rounded up to multiples of {multiple} with zeros; the model computes what it did."
     sizes = layers[0].after
