@@ -39,7 +39,7 @@ def engine(monkeypatch: pytest.MonkeyPatch) -> list[Sequence[str]]:
 
     def verify(file: Path, folder: Path, prompts: Sequence[str]) -> Verification:
         asked.append(prompts)
-        return Verification("1", 8, len(prompts), len(prompts), 0.001, 0.002, 0.0, 0.02)
+        return Verification("1", 8, len(prompts), len(prompts), 0, 0.001, 0.002, 0.0, 0.02)
 
     monkeypatch.setattr(llama_cpp, "is_installed", lambda: True)
     monkeypatch.setattr(llama_cpp, "verify_in_llama_cpp", verify)
@@ -92,14 +92,15 @@ def test_an_export_added_later_costs_only_itself(pico: Pico, copied: Path) -> No
 
 
 def test_the_engine_is_asked_about_the_domains_test_text(pico: Pico, copied: Path, engine: list[Sequence[str]]) -> None:
-    """The first words of eight documents that were not learned from; once, and later only what it never saw."""
+    """Pieces of documents that were not learned from, first their beginnings; once, and later only what is new."""
     recipe = pico.recipe(copied, export=["gguf"])
     made = secateur.run(recipe).exports
-    assert "8 of 8 prompts" in made[0].verified and made[0].not_verified == ""
     [prompts] = engine
+    assert f"{len(prompts)} of {len(prompts)} prompts" in made[0].verified and made[0].not_verified == ""
     documents = [f"Question: {r['question']}\nAnswer: {r['answer']}" for r in medical_records(400)]
     first_words = {" ".join(document.split()[:24]) for document in documents}
-    assert len(prompts) == 8 and set(prompts) <= first_words
+    assert 8 < len(prompts) == len(set(prompts)) <= 1000 and set(prompts[:8]) <= first_words
+    assert all(len(prompt.split()) <= 24 for prompt in prompts)
     assert secateur.run(recipe).reused[-1] == "export:gguf F16" and len(engine) == 1
 
 
@@ -134,7 +135,7 @@ def test_a_failed_verification_ends_with_1_and_keeps_all_else(
     def refuse_half_precision(file: Path, *rest: Any) -> Verification:
         if GGUFReader(file).get_field("general.file_type").contents() == 1:
             raise VerificationError("llama.cpp answers otherwise.")
-        return Verification("1", 8, 8, 8, 0.0, 0.0, 0.0, 0.02)
+        return Verification("1", 8, 8, 8, 8, 0.0, 0.0, 0.0, 0.02)
 
     with monkeypatch.context() as patch:
         patch.setattr(llama_cpp, "verify_in_llama_cpp", refuse_half_precision)

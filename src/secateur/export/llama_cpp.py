@@ -46,9 +46,12 @@ PROMPTS = (
 )
 """What the comparison reads where no prompts are given."""
 _TOP = 20
+_ANSWERED = 8
+"""Prompts that are answered; of all others only the tokens are compared."""
+_CONTINUED = 16
 _CONTEXT = 256
 """Tokens that llama.cpp makes room for; it takes multiples of this number only."""
-_ROOM = 8
+_ROOM = 24
 """Tokens of the context that a prompt leaves free."""
 _TIME_LIMIT_S = 1800
 
@@ -62,6 +65,8 @@ class Verification:
         num_texts: texts that both cut into the same tokens.
         num_prompts: prompts after which the next token was compared.
         same_first: prompts after which both find the same token likeliest.
+        same_text: prompts that both continue with the same 16 tokens, taking the likeliest each time. Rounding alone
+            can turn such a text where two tokens are nearly as likely, so nothing fails by it.
         mean_difference: of the log-probabilities of llama.cpp's likeliest tokens, in nats.
         largest_difference: of those, in nats.
         rounding: the part of it that rounding the weights alone makes, measured in transformers.
@@ -72,6 +77,7 @@ class Verification:
     num_texts: int
     num_prompts: int
     same_first: int
+    same_text: int
     mean_difference: float
     largest_difference: float
     rounding: float
@@ -79,9 +85,10 @@ class Verification:
 
     def __str__(self) -> str:
         return (
-            f"run in llama.cpp (xllamacpp {self.version}): {self.num_texts} texts cut into the same tokens, "
-            f"{self.same_first} of {self.num_prompts} prompts have the same likeliest next token, log-probabilities "
-            f"differ by {self.mean_difference:.4f} nats on average (allowed: {self.tolerance:.3g})"
+            f"run in llama.cpp (xllamacpp {self.version}): {self.num_texts:,} texts cut into the same tokens, "
+            f"{self.same_first} of {self.num_prompts} prompts have the same likeliest next token and {self.same_text} "
+            f"go on with the same {_CONTINUED}, log-probabilities differ by {self.mean_difference:.4f} nats on average "
+            f"(allowed: {self.tolerance:.3g})"
         )
 
 
@@ -95,7 +102,8 @@ def verify_in_llama_cpp(
 ) -> Verification:
     """Run a GGUF file in llama.cpp and compare it with the model in ``folder``.
 
-    The prompts and texts of every kind are tokenised by both. After each prompt (its first 248 tokens) the
+    The prompts and texts of every kind are tokenised by both. After each of the first eight prompts (its first 232
+    tokens) the
     log-probabilities of llama.cpp's 20 likeliest next tokens are compared with those of the model in float32. They may
     differ by ``TOLERANCE`` and ``ROUNDING_FACTOR`` times what rounding the weights as the file does changes in them.
 
@@ -117,12 +125,12 @@ def verify_in_llama_cpp(
     texts = [_comparable(text, tokenizer_data(tokenizer)) for text in (*prompts, *PROBES)]
     expected = [encode(tokenizer, text, add_special_tokens=True) for text in texts]
     limit = min(_CONTEXT, _context_of(gguf)) - _ROOM
-    inputs = [ids[:limit] for ids in expected[: len(prompts)] if ids]
+    inputs = [ids[:limit] for ids in expected[: min(len(prompts), _ANSWERED)] if ids]
     plain = encode(tokenizer, "a", add_special_tokens=False)[-1]
     answer = _ask(gguf, texts, inputs, plain, threads or os.cpu_count() or 1)
     _require_same_tokens(texts, expected, answer["tokens"])
     model = load_model(resolve_model(str(folder)), device="cpu", dtype="float32")
-    return _compare(gguf, model, inputs, answer)
+    return _compare(gguf, model, tokenizer, inputs, answer)
 
 
 def _comparable(text: str, data: Mapping[str, Any]) -> str:
@@ -148,6 +156,7 @@ def _ask(gguf: Path, texts: Sequence[str], inputs: Sequence[Sequence[int]], plai
             "context": _CONTEXT,
             "threads": threads,
             "top": _TOP,
+            "continued": _CONTINUED,
             "answer": plain,
             "texts": list(texts),
             "prompts": [list(ids) for ids in inputs],
@@ -192,13 +201,17 @@ def _require_same_tokens(
             )
 
 
-def _compare(gguf: Path, model: Any, inputs: Sequence[Sequence[int]], answer: dict[str, Any]) -> Verification:
+def _compare(
+    gguf: Path, model: Any, tokenizer: Any, inputs: Sequence[Sequence[int]], answer: dict[str, Any]
+) -> Verification:
     likeliest = [[token for token, _ in found] for found in answer["next"]]
     exact = [_log_probs(model, ids) for ids in inputs]
     same = sum(int(int(ours.argmax()) == tokens[0]) for ours, tokens in zip(exact, likeliest, strict=True))
     theirs = torch.tensor([value for found in answer["next"] for _, value in found], dtype=torch.float64)
     ours = _at(exact, likeliest)
     differences, kind = (theirs - ours).abs(), _stored_as(gguf)
+    continued = [_continuation(model, tokenizer, ids) for ids in inputs]
+    same_text = sum(map(_is_same_text, continued, answer["text"]))
     _round_weights(model, kind)
     rounding = float((_at([_log_probs(model, ids) for ids in inputs], likeliest) - ours).abs().mean())
     mean, tolerance = float(differences.mean()), TOLERANCE + ROUNDING_FACTOR * rounding
@@ -213,6 +226,7 @@ def _compare(gguf: Path, model: Any, inputs: Sequence[Sequence[int]], answer: di
         num_texts=len(answer["tokens"]),
         num_prompts=len(inputs),
         same_first=same,
+        same_text=same_text,
         mean_difference=mean,
         largest_difference=float(differences.max()),
         rounding=rounding,
@@ -225,6 +239,26 @@ def _log_probs(model: Any, ids: Sequence[int]) -> torch.Tensor:
     with torch.inference_mode():
         logits = model(input_ids=torch.tensor([list(ids)]), use_cache=False).logits[0, -1]
     return torch.log_softmax(logits.double(), dim=-1)
+
+
+def _continuation(model: Any, tokenizer: Any, ids: Sequence[int]) -> str:
+    """Return the text of the likeliest tokens after a prompt, one after another."""
+    from transformers import GenerationConfig
+
+    inputs = torch.tensor([list(ids)])
+    with torch.inference_mode():
+        found = model.generate(
+            input_ids=inputs,
+            attention_mask=torch.ones_like(inputs),
+            generation_config=GenerationConfig(max_new_tokens=_CONTINUED, do_sample=False, pad_token_id=0),
+        )
+    return str(tokenizer.decode(found[0, len(ids) :], skip_special_tokens=True, clean_up_tokenization_spaces=False))
+
+
+def _is_same_text(ours: str, theirs: str) -> bool:
+    """Return whether two texts agree as far as both go: one may have ended, or end in part of a character."""
+    first, second = (text.rstrip("\ufffd").strip() for text in (ours, theirs))
+    return first.startswith(second) or second.startswith(first)
 
 
 def _at(log_probs: Sequence[torch.Tensor], tokens: Sequence[Sequence[int]]) -> torch.Tensor:

@@ -14,7 +14,7 @@ from typing import Any
 
 
 def main(request_file: str, answer_file: str) -> None:
-    """Answer a request: the ids of each text, and the likeliest next tokens after each list of ids."""
+    """Answer a request: the ids of each text, and after each list of ids the likeliest next tokens and a text."""
     xllamacpp: Any = importlib.import_module("xllamacpp")
     request = json.loads(Path(request_file).read_text(encoding="utf-8"))
     parameters = xllamacpp.CommonParams()
@@ -30,6 +30,7 @@ def main(request_file: str, answer_file: str) -> None:
         "version": xllamacpp.__version__,
         "tokens": [_tokenize(server.listening_address, text) for text in request["texts"]],
         "next": [_next_tokens(server, ids, request["top"], request["answer"]) for ids in request["prompts"]],
+        "text": [_continuation(server, ids, request["continued"]) for ids in request["prompts"]],
     }
     Path(answer_file).write_text(json.dumps(answer), encoding="utf-8")
 
@@ -60,6 +61,12 @@ def _next_tokens(server: Any, ids: list[int], top: int, answer: int) -> list[lis
     )
     first = result["choices"][0]["logprobs"]["content"][0]
     return [[entry["id"], entry["logprob"]] for entry in first["top_logprobs"]]
+
+
+def _continuation(server: Any, ids: list[int], length: int) -> str:
+    """Return the text of the likeliest tokens, one after another."""
+    result = server.handle_completions({"prompt": ids, "n_predict": length, "temperature": 0.0, "cache_prompt": False})
+    return str(result["choices"][0]["text"])
 
 
 if __name__ == "__main__":

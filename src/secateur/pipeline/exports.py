@@ -35,8 +35,10 @@ from secateur.store.run_folder import RunFolder
 
 EXPORTS = "exports"
 """The folder of a run where exports lie."""
-_PROMPTS = 8
+_MOST_PROMPTS = 1000
+"""The engine answers the first few; of all others only the tokens are compared."""
 _PROMPT_WORDS = 24
+_PROMPT_TOKENS = 32_768
 
 
 @dataclass(frozen=True, slots=True)
@@ -248,13 +250,17 @@ class ExportStage:
         return made
 
     def prompts(self) -> list[str]:
-        """Return the first words of some documents that no model has learned from, of every domain in turn."""
-        budget, texts = self.texts.recipe.calibrate.block_size * _PROMPTS, []
+        """Return pieces of documents that no model has learned from: first the beginnings, of every domain in turn."""
+        starts: list[list[str]] = []
+        others: list[str] = []
         for name in self.domains:
-            blocks = self.texts.read(name, "test", budget, keep_text=True)
-            texts.append([" ".join(text.split()[:_PROMPT_WORDS]) for text in blocks.texts[:_PROMPTS]])
-        turns = (text[place] for place in range(_PROMPTS) for text in texts if place < len(text))
-        return [text for text in turns if text][:_PROMPTS]
+            texts = self.texts.read(name, "test", _PROMPT_TOKENS, keep_text=True).texts
+            pieces = [found for text in texts if (found := _pieces(text))]
+            starts.append([found[0] for found in pieces])
+            others += [piece for found in pieces for piece in found[1:]]
+        most = max(map(len, starts), default=0)
+        turns = [text[place] for place in range(most) for text in starts if place < len(text)]
+        return [*turns, *others][:_MOST_PROMPTS]
 
     def _clear_leftovers(self) -> None:
         """Delete what a killed run was writing."""
@@ -289,6 +295,11 @@ class ExportStage:
 
     def _can_now_be_verified(self, one: _Asked) -> bool:
         return bool(self._entry(one)["not_verified"]) and one.target.can_verify()
+
+
+def _pieces(text: str) -> list[str]:
+    words = text.split()
+    return [" ".join(words[start : start + _PROMPT_WORDS]) for start in range(0, len(words), _PROMPT_WORDS)]
 
 
 def sample_plan(geometry: Geometry, prune: PruneSpec, multiple: int) -> Plan:

@@ -62,7 +62,12 @@ def engine(folder: Path, monkeypatch: pytest.MonkeyPatch) -> Callable[[Callable[
                     values = torch.log_softmax(model(torch.tensor([ids])).logits[0, -1], dim=-1)
                 top = values.topk(20)
                 likeliest.append([list(pair) for pair in zip(top.indices.tolist(), top.values.tolist(), strict=True)])
-            answer = {"version": "1", "tokens": [tokenizer(text)["input_ids"] for text in texts], "next": likeliest}
+            answer = {
+                "version": "1",
+                "tokens": [tokenizer(text)["input_ids"] for text in texts],
+                "next": likeliest,
+                "text": [continued(model, tokenizer, ids) for ids in inputs],
+            }
             change(answer)
             return answer
 
@@ -70,6 +75,14 @@ def engine(folder: Path, monkeypatch: pytest.MonkeyPatch) -> Callable[[Callable[
         monkeypatch.setattr(importlib.util, "find_spec", lambda _: object())
 
     return install
+
+
+def continued(model: Any, tokenizer: Any, ids: Sequence[int]) -> str:
+    """Return the text of the 16 likeliest tokens, found one by one without a cache."""
+    found = list(ids)
+    for _ in range(16):
+        found.append(int(model(torch.tensor([found])).logits[0, -1].argmax()))
+    return str(tokenizer.decode(found[len(ids) :], skip_special_tokens=True))
 
 
 def shift(answer: Answer, by: float) -> None:
@@ -83,7 +96,9 @@ def test_agreement_is_measured(folder: Path, engine: Any) -> None:
     """The mean and largest difference, and how often both find the same token likeliest."""
     engine(lambda answer: shift(answer, 0.01))
     found = verify_in_llama_cpp(folder.parent / "model.gguf", folder, PROMPTS, threads=1)
-    assert (found.num_prompts, found.same_first, found.tolerance) == (3, 3, 0.02)
+    assert (found.num_prompts, found.same_first, found.same_text, found.tolerance) == (3, 3, 3, 0.02)
+    engine(lambda answer: answer["text"].reverse())
+    assert verify_in_llama_cpp(folder.parent / "model.gguf", folder, PROMPTS, threads=1).same_text < 3
     assert found.num_texts > 3
     assert found.mean_difference == pytest.approx(0.01, abs=1e-4) == found.largest_difference
 

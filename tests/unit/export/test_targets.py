@@ -27,7 +27,7 @@ from tests.pico import save_model_folder
 from tests.pruning import plan_keeping, prune
 from tests.unit.export.test_gguf import folder_of, uneven_folder
 
-AGREED = Verification("1", 8, 3, 3, 0.001, 0.002, 0.0, 0.02)
+AGREED = Verification("1", 8, 3, 3, 3, 0.001, 0.002, 0.0, 0.02)
 
 
 @pytest.fixture
