@@ -68,7 +68,8 @@ def test_the_folder_holds_a_smaller_model_and_its_tokenizer(vocabulary_run: Path
 def test_no_calibration_is_run_for_the_vocabulary_alone(vocabulary_run: Path) -> None:
     """Only the tokenizer is needed to count, so there are no statistics of activations and no scores."""
     assert {item.name for item in vocabulary_run.iterdir()} == {
-        "evaluation.json", "manifest.json", "model", "plan.json", "recipe.yml", "report.md", "tokens"
+        "evaluation.json", "manifest.json", "model", "plan.json", "recipe.yml", "report.html", "report.md",
+        "tokens",
     }  # fmt: skip
     counts = read_token_counts(vocabulary_run / "tokens" / "medical.safetensors")
     assert int(counts.counts.sum()) == counts.num_tokens == plan_of(vocabulary_run).vocabulary.counted_tokens  # type: ignore[union-attr]

@@ -203,7 +203,7 @@ def test_a_recipe_can_be_given_in_any_form(asked: list[tuple[Any, dict[str, Any]
         secateur.run(recipe, output="runs/b", until="plan")
     for (plain, options), (changed, more) in zip(asked[::2], asked[1::2], strict=True):
         assert plain == load_recipe(file)
-        assert options["until"] == "evaluate" and more["until"] == "plan"
+        assert options["until"] == "export" and more["until"] == "plan"
         assert changed == parse_recipe({**MINIMAL, "output": "runs/b"})
 
 
