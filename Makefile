@@ -7,7 +7,7 @@ INSTALLED := $(VENV)/.installed
 .PHONY: help setup demo test check unit test-all fmt golden docs bench clean
 
 help:
-	@echo "make demo   the main job on a real small model and real text (about 7 minutes)"
+	@echo "make demo   the main job on a real small model and real text (about 10 minutes)"
 	@echo "make test   linters, types, import rules and all tests"
 	@echo "make bench  slow measurements; rewrites the tables of BENCHMARKS.md"
 	@echo "make fmt | docs | golden | test-all | clean"

@@ -27,13 +27,13 @@ def command(**arguments: Any) -> None:
 def show_run(result: RunResult, *, as_json: bool) -> None:
     """Print the end of a full run."""
     from secateur.cli.console import print_json, print_table
-    from secateur.report.markdown import describe_export
     from secateur.report.recovery import curve_table, describe_recovery
     from secateur.report.tables import (
         SEGMENTATION_NOTE,
         attribution_table,
         choices_table,
         cut_table,
+        format_bytes,
         parts_table,
         result_table,
         segmentation_table,
@@ -62,7 +62,9 @@ def show_run(result: RunResult, *, as_json: bool) -> None:
     click.echo(result.summary)
     click.echo(f"\nmodel:  {result.model_folder}  (reloaded from disk and compared)")
     for exported in result.exports:
-        click.echo(f"export: {exported.path}  ({describe_export(exported)})")
+        click.echo(f"export: {exported.path}  ({exported.form}, {format_bytes(exported.size_bytes)})")
+        for sentence in exported.sentences():
+            click.echo(f"        {sentence}")
     click.echo(f"report: {result.folder / 'report.md'}")
     click.echo(f"page:   {result.page}  (open it in a browser)" if result.page else f"no page: {result.no_page}")
     loader = "import secateur; " if result.plan.shape == "uneven" else ""

@@ -13,7 +13,7 @@ import subprocess
 import sys
 import tempfile
 import unicodedata
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -122,7 +122,7 @@ def verify_in_llama_cpp(
         raise ExportError("no prompts were given to compare llama.cpp by. Give some text of the domain.")
     register_uneven_models()
     tokenizer = AutoTokenizer.from_pretrained(folder)
-    texts = [_comparable(text, tokenizer_data(tokenizer)) for text in (*prompts, *PROBES)]
+    texts = _comparable((*prompts, *PROBES), tokenizer_data(tokenizer))
     expected = [encode(tokenizer, text, add_special_tokens=True) for text in texts]
     limit = min(_CONTEXT, _context_of(gguf)) - _ROOM
     inputs = [ids[:limit] for ids in expected[: min(len(prompts), _ANSWERED)] if ids]
@@ -133,19 +133,23 @@ def verify_in_llama_cpp(
     return _compare(gguf, model, tokenizer, inputs, answer)
 
 
-def _comparable(text: str, data: Mapping[str, Any]) -> str:
-    """Return the text without what both are known to read differently, where the tokenizer has such a thing.
+def _comparable(texts: Iterable[str], data: Mapping[str, Any]) -> list[str]:
+    """Return texts without what both are known to read differently, where the tokenizer has such a thing.
 
     Accents are composed; missing bytes go, and so do special tokens and leading spaces that another space would follow.
     """
-    if "NFC" in json.dumps(data["normalizer"]):
-        text = unicodedata.normalize("NFC", text)
-    if spaces_differ(data):
-        for token in data["added_tokens"]:
-            text = text.replace(token["content"], "")
-        text = text.lstrip(" ")
-    missing = missing_bytes(data)
-    return "".join(letter for letter in text if missing.isdisjoint(letter.encode("utf-8", "surrogatepass")))
+    composes, spaced, missing = "NFC" in json.dumps(data["normalizer"]), spaces_differ(data), missing_bytes(data)
+    result = []
+    for text in texts:
+        if composes:
+            text = unicodedata.normalize("NFC", text)
+        if spaced:
+            for token in data["added_tokens"]:
+                text = text.replace(token["content"], "")
+            text = text.lstrip(" ")
+        letters = (letter for letter in text if missing.isdisjoint(letter.encode("utf-8", "surrogatepass")))
+        result.append("".join(letters))
+    return result
 
 
 def _ask(gguf: Path, texts: Sequence[str], inputs: Sequence[Sequence[int]], plain: int, threads: int) -> dict[str, Any]:
