@@ -9,8 +9,7 @@ from __future__ import annotations
 import math
 import re
 import shutil
-from collections.abc import Callable, Iterator, Mapping
-from contextlib import ExitStack, contextmanager
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -18,11 +17,11 @@ from typing import Any
 import numpy as np
 from gguf import GGML_QUANT_SIZES, GGMLQuantizationType, GGUFReader, GGUFWriter, LlamaFileType, quants
 from numpy.typing import NDArray
-from safetensors import SafetensorError, safe_open
 
 from secateur.errors import ExportError
 from secateur.export.gguf_architectures import Layout, TensorSource, Value, plan_layout
 from secateur.export.gguf_tokenizer import TokenizerLayout, plan_tokenizer
+from secateur.export.stored import StoredParameters, open_parameters
 from secateur.files import replacing_path
 from secateur.store.artifacts import disk_errors
 from secateur.store.checkpoints import read_generation_config
@@ -216,40 +215,6 @@ def _file_type(kind: GGMLQuantizationType) -> int:
     return int(LlamaFileType[plain.get(kind.name, f"MOSTLY_{kind.name}")])
 
 
-class _Parameters:
-    """The stored parameters of a model folder, opened but not read."""
-
-    def __init__(self, handles: Mapping[str, Any]) -> None:
-        self._handles = dict(handles)
-        self.shapes = {name: tuple(handle.get_slice(name).get_shape()) for name, handle in handles.items()}
-
-    def read(self, name: str) -> Array:
-        """Return one parameter in float32."""
-        values: Array = self._handles[name].get_tensor(name).float().numpy()
-        return values
-
-
-@contextmanager
-def open_parameters(folder: Path) -> Iterator[_Parameters]:
-    """Give the stored parameters of a model folder, opened but not read.
-
-    Raises:
-        ExportError: there are none, or they cannot be read.
-    """
-    files = sorted(folder.glob("*.safetensors"))
-    if not files:
-        raise ExportError(f"{folder} has no safetensors files. Give the folder of a model saved by save_pretrained.")
-    with ExitStack() as stack:
-        handles: dict[str, Any] = {}
-        try:
-            for file in files:
-                handle = stack.enter_context(safe_open(file, framework="pt"))
-                handles |= dict.fromkeys(handle.keys(), handle)
-        except (OSError, SafetensorError) as error:
-            raise ExportError(f"weights in {folder} cannot be read: {error}. Export the model again.") from None
-        yield _Parameters(handles)
-
-
 def load_description(folder: Path) -> tuple[dict[str, Any], Any]:
     """Return a folder's configuration as plain data, defaults included, and its tokenizer.
 
@@ -353,12 +318,12 @@ def _require_space(target: Path, size: int) -> None:
         )
 
 
-def _values(tensor: TensorSource, parameters: _Parameters) -> Array:
+def _values(tensor: TensorSource, parameters: StoredParameters) -> Array:
     """Return a tensor in float32, in llama.cpp's order."""
     if not tensor.parameters:
         filled: Array = np.broadcast_to(np.array(tensor.values, dtype=np.float32), tensor.shape).copy()
         return filled
-    parts = [parameters.read(name) for name in tensor.parameters]
+    parts = [parameters.read(name).float().numpy() for name in tensor.parameters]
     array = parts[0] if len(parts) == 1 else np.concatenate(parts)
     if tensor.transposed:
         array = array.T
@@ -380,7 +345,7 @@ def _write(
     layout: Layout,
     metadata: Mapping[str, Value],
     kinds: Mapping[str, GGMLQuantizationType],
-    parameters: _Parameters,
+    parameters: StoredParameters,
 ) -> None:
     writer = GGUFWriter(file, layout.architecture)
     try:
@@ -412,7 +377,7 @@ def _add(writer: Any, key: str, value: Value) -> None:
         writer.add_array(key, value)
 
 
-def _quantized(tensor: TensorSource, kind: GGMLQuantizationType, parameters: _Parameters) -> NDArray[Any]:
+def _quantized(tensor: TensorSource, kind: GGMLQuantizationType, parameters: StoredParameters) -> NDArray[Any]:
     values = _values(tensor, parameters)
     if not np.isfinite(values).all():
         raise ExportError(f"{', '.join(tensor.parameters)} has values that are not finite. Prune again.")
@@ -431,7 +396,7 @@ def _compare(
     layout: Layout,
     metadata: Mapping[str, Value],
     kinds: Mapping[str, GGMLQuantizationType],
-    parameters: _Parameters,
+    parameters: StoredParameters,
 ) -> float:
     """Return the largest error of a file against its model, over the largest weight of a row."""
     reader = GGUFReader(file)
@@ -453,7 +418,7 @@ def _same(found: Any, value: Value) -> bool:
     return bool(found == value)
 
 
-def _error(tensor: TensorSource, stored: Any, kind: GGMLQuantizationType, parameters: _Parameters) -> float:
+def _error(tensor: TensorSource, stored: Any, kind: GGMLQuantizationType, parameters: StoredParameters) -> float:
     expected = _values(tensor, parameters)
     found = quants.dequantize(stored.data, kind)
     if found.shape != expected.shape:

@@ -15,18 +15,17 @@ from __future__ import annotations
 import json
 import math
 import shutil
-from collections.abc import Iterator, Mapping, Sequence
-from contextlib import ExitStack, contextmanager
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import torch
-from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from torch import Tensor
 
 from secateur.errors import ExportError
+from secateur.export.stored import StoredParameters, open_parameters
 from secateur.families.geometry import resolve_dimensions
 from secateur.families.loader import dense_model_type, families
 from secateur.store.artifacts import atomic_folder, disk_errors, write_json
@@ -174,7 +173,7 @@ def export_nemotron_nas(folder: Path, target: Path, *, round_to_fit: bool = Fals
     """
     from transformers import AutoTokenizer
 
-    with _open_parameters(folder) as parameters:
+    with open_parameters(folder) as parameters:
         plan = plan_nemotron_nas(_read_config(folder), parameters.shapes, round_to_fit=round_to_fit)
         try:
             tokenizer = AutoTokenizer.from_pretrained(folder)
@@ -485,35 +484,6 @@ def _grouping(layer: _Layer, heads: int) -> tuple[int, tuple[int, ...], tuple[in
     return kv_heads, tuple(queries), tuple(keys)
 
 
-class _Parameters:
-    """The stored parameters of a folder, opened but not read."""
-
-    def __init__(self, handles: Mapping[str, Any]) -> None:
-        self._handles = dict(handles)
-        self.shapes = {name: tuple(handle.get_slice(name).get_shape()) for name, handle in handles.items()}
-
-    def read(self, name: str) -> Tensor:
-        """Return one parameter."""
-        tensor: Tensor = self._handles[name].get_tensor(name)
-        return tensor
-
-
-@contextmanager
-def _open_parameters(folder: Path) -> Iterator[_Parameters]:
-    files = sorted(folder.glob("*.safetensors"))
-    if not files:
-        raise ExportError(f"{folder} has no safetensors files. Give the folder of a model saved by save_pretrained.")
-    with ExitStack() as stack:
-        handles: dict[str, Any] = {}
-        try:
-            for file in files:
-                handle = stack.enter_context(safe_open(file, framework="pt"))
-                handles |= dict.fromkeys(handle.keys(), handle)
-        except (OSError, SafetensorError) as error:
-            raise ExportError(f"weights in {folder} cannot be read: {error}. Export the model again.") from None
-        yield _Parameters(handles)
-
-
 def _read_config(folder: Path) -> dict[str, Any]:
     from transformers import AutoConfig
 
@@ -535,7 +505,7 @@ def _copy_beside(folder: Path, work: Path) -> None:
         shutil.copyfile(generation, work / generation.name)
 
 
-def _make(tensor: TensorPlan, parameters: _Parameters, dtype: torch.dtype) -> Tensor:
+def _make(tensor: TensorPlan, parameters: StoredParameters, dtype: torch.dtype) -> Tensor:
     """Return a tensor of the folder."""
     if tensor.parameter is None:
         return torch.full(tensor.shape, tensor.fill, dtype=dtype)
@@ -559,7 +529,7 @@ def _indices(blocks: Sequence[int], block: int) -> Tensor:
     return (torch.tensor(blocks)[:, None] * block + torch.arange(block)).flatten()
 
 
-def _write_tensors(work: Path, plan: NemotronNasPlan, parameters: _Parameters) -> str:
+def _write_tensors(work: Path, plan: NemotronNasPlan, parameters: StoredParameters) -> str:
     """Write the tensors in files of at most 4 GB and return the name of their data type."""
     dtype = parameters.read(plan.tensors[0].parameter or "").dtype
     shards: list[list[TensorPlan]] = [[]]
@@ -584,11 +554,11 @@ def _write_tensors(work: Path, plan: NemotronNasPlan, parameters: _Parameters) -
     return str(dtype).removeprefix("torch.")
 
 
-def _compare(work: Path, plan: NemotronNasPlan, parameters: _Parameters) -> int:
+def _compare(work: Path, plan: NemotronNasPlan, parameters: StoredParameters) -> int:
     """Read the folder back, compare it with the model and its own config.json, and return the bytes of its weights."""
     config = json.loads((work / "config.json").read_text(encoding="utf-8"))
     expected = expected_shapes(config)
-    with _open_parameters(work) as written:
+    with open_parameters(work) as written:
         if written.shapes != expected:
             wrong = sorted(set(written.shapes.items()) ^ set(expected.items()))
             raise ExportError(f"the folder reads back with other tensors than its config.json says: {wrong[:3]}.")

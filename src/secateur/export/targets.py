@@ -21,6 +21,7 @@ import torch
 from secateur.errors import ConfigError, ExportError, FamilyError, UnavailableError, VerificationError
 from secateur.export import gguf, llama_cpp, nemotron_nas, onnx
 from secateur.export.padding import PaddingReport, padded_folder, plan_padding
+from secateur.export.stored import open_parameters
 from secateur.records.exported import Exported
 from secateur.records.plan import format_ranges
 from secateur.records.units import UNIT_NAMES
@@ -170,7 +171,7 @@ def read_facts(folder: Path) -> ModelFacts:
     Raises:
         ExportError: it is no folder of a model that transformers loads.
     """
-    with gguf.open_parameters(folder) as parameters:
+    with open_parameters(folder) as parameters:
         config, tokenizer = gguf.load_description(folder)
         return ModelFacts(config, parameters.shapes, tokenizer, read_generation_config(folder))
 

@@ -101,6 +101,33 @@ def log_ticks(low: float, high: float) -> list[float]:
     return ticks[:: math.ceil(len(ticks) / 7)]
 
 
+def _intervals(
+    place: Mapping[str, Any], axis: Mapping[str, Any], highlight: Mapping[str, Any], tip: Sequence[Mapping[str, Any]]
+) -> list[dict[str, Any]]:
+    """Return the layers of a chart with one row per model: interval (where it has one), value, and value in words."""
+    return [
+        {
+            "transform": [{"filter": "isValid(datum.low)"}],
+            "mark": {"type": "rule", "strokeWidth": 3, "strokeCap": "round"},
+            "encoding": {
+                "y": _models(),
+                "x": {**place, "field": "low"},
+                "x2": {"field": "high"},
+                "color": highlight,
+                "tooltip": tip,
+            },
+        },
+        {
+            "mark": {"type": "point", "filled": True, "size": 95, "opacity": 1},
+            "encoding": {"y": _models(), "x": {**place, "axis": axis}, "color": highlight, "tooltip": tip},
+        },
+        {
+            "mark": {"type": "text", "dy": -13, "fontSize": 12},
+            "encoding": {"y": _models(), "x": place, "text": {"field": "shown"}},
+        },
+    ]
+
+
 def _loss_chart(bucket: str, ratios: Mapping[str, Ratio], scale: Mapping[str, Any], result: str) -> Chart:
     rows = [
         {
@@ -123,28 +150,7 @@ def _loss_chart(bucket: str, ratios: Mapping[str, Ratio], scale: Mapping[str, An
         {"field": "shown", "title": "perplexity ÷ dense"},
         {"field": "interval", "title": "95 % interval"},
     ]
-    layers = [
-        _dashed(1.0),
-        {
-            "transform": [{"filter": "isValid(datum.low)"}],
-            "mark": {"type": "rule", "strokeWidth": 3, "strokeCap": "round"},
-            "encoding": {
-                "y": _models(),
-                "x": {**place, "field": "low"},
-                "x2": {"field": "high"},
-                "color": highlight,
-                "tooltip": tip,
-            },
-        },
-        {
-            "mark": {"type": "point", "filled": True, "size": 95, "opacity": 1},
-            "encoding": {"y": _models(), "x": {**place, "axis": axis}, "color": highlight, "tooltip": tip},
-        },
-        {
-            "mark": {"type": "text", "dy": -13, "fontSize": 12},
-            "encoding": {"y": _models(), "x": place, "text": {"field": "shown"}},
-        },
-    ]
+    layers = [_dashed(1.0), *_intervals(place, axis, highlight, tip)]
     told = "; ".join(f"{row['model']} {row['shown']} (95 % interval {row['interval']})" for row in rows)
     return _chart(
         f"loss-{bucket}",
@@ -314,24 +320,7 @@ def _choices_chart(name: str, rows: Sequence[Mapping[str, Any]], chance: float, 
                     "text": {"value": "guessing"},
                 },
             },
-            {
-                "mark": {"type": "rule", "strokeWidth": 3, "strokeCap": "round"},
-                "encoding": {
-                    "y": _models(),
-                    "x": {**place, "field": "low"},
-                    "x2": {"field": "high"},
-                    "color": highlight,
-                    "tooltip": tip,
-                },
-            },
-            {
-                "mark": {"type": "point", "filled": True, "size": 95, "opacity": 1},
-                "encoding": {"y": _models(), "x": {**place, "axis": axis}, "color": highlight, "tooltip": tip},
-            },
-            {
-                "mark": {"type": "text", "dy": -13},
-                "encoding": {"y": _models(), "x": place, "text": {"field": "shown"}},
-            },
+            *_intervals(place, axis, highlight, tip),
         ],
     )
 
