@@ -22,14 +22,14 @@ def command(run_folder: Path, svg: Path | None, png: Path | None, as_json: bool)
     """
     from secateur.cli.console import print_json, quiet_libraries
     from secateur.pipeline.page import read_run, write_page
-    from secateur.report.page import save_charts
+    from secateur.report.page import run_document, save_charts
     from secateur.store.artifacts import disk_errors
 
     quiet_libraries()
     page, charts = write_page(run_folder), []
     if svg is not None or png is not None:
         with disk_errors(svg or png or run_folder):
-            charts = save_charts(read_run(run_folder), svg=svg, png=png)
+            charts = save_charts(run_document(read_run(run_folder)), svg=svg, png=png)
     if as_json:
         print_json({"page": str(page), "charts": [str(file) for file in charts]})
         return

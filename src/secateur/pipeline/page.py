@@ -16,7 +16,7 @@ from secateur.records.exported import Exported
 from secateur.records.plan import Plan
 from secateur.records.recovery import Recovery
 from secateur.records.units import LAYER_UNIT_KINDS
-from secateur.report.page import RunRecords, render_page
+from secateur.report.page import RunRecords, render_page, run_document
 from secateur.report.page.frequency import FrequencyCurve, frequency_curve
 from secateur.report.page.importance import ImportanceBin, bin_importance
 from secateur.store.artifacts import read_json, read_scores, read_statistics, read_token_counts, write_text
@@ -34,7 +34,7 @@ def write_page(folder: Path) -> Path:
             cannot be drawn here, or the page cannot be written.
     """
     target = folder / PAGE
-    write_text(target, render_page(read_run(folder)))
+    write_text(target, render_page(run_document(read_run(folder))))
     return target
 
 

@@ -3,29 +3,12 @@
 from __future__ import annotations
 
 import math
-from dataclasses import dataclass
 
+from secateur.report.page.document import Tile
 from secateur.report.page.records import FINETUNED, MINUS, PRUNED, RANDOM, RECOVERED, TIMES, Ratio, RunRecords, ratio
 from secateur.report.tables import format_bytes, format_count, with_error
 
 FEW_DOCUMENTS = 30
-
-
-@dataclass(frozen=True, slots=True)
-class Tile:
-    """A number to see at once.
-
-    Attributes:
-        label: what it is.
-        value: the number as shown.
-        detail: its interval, or what it is made of.
-        is_missing: whether it was not measured.
-    """
-
-    label: str
-    value: str
-    detail: str
-    is_missing: bool = False
 
 
 def tiles(records: RunRecords) -> list[Tile]:

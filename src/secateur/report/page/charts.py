@@ -1,66 +1,35 @@
-"""Every chart of the page as a Vega-Lite specification: a dictionary with its rows of data inside, and no address.
-
-Charts are as wide as their place. A chart's description says in words what it shows, for those who do not see it.
-"""
+"""Every chart of a run's page."""
 
 from __future__ import annotations
 
 import math
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
 from typing import Any
 
 from secateur.records.units import PARTS, UNIT_NAMES
+from secateur.report.page.chart import (
+    ONCE,
+    ROW_HEIGHT,
+    Chart,
+    dashed_line,
+    equals,
+    interval_layers,
+    log_ticks,
+    make_chart,
+    models_axis,
+    nice_step,
+    quantile,
+    ratio_scale,
+)
 from secateur.report.page.importance import ImportanceBin, parameters_by_layer
 from secateur.report.page.records import DENSE, TIMES, TWO_SIDED_95, Ratio, RunRecords, ratio
 from secateur.report.page.theme import CATEGORIES, color
 from secateur.report.tables import format_count
 
-SCHEMA = "https://vega.github.io/schema/vega-lite/v6.json"
-"""Names the language; nothing is fetched from there."""
-
-_ROW_HEIGHT = 38
-_LOG_FROM = 3.0
-"""A ratio from which an axis of ratios is logarithmic."""
-
-_ONCE: Mapping[str, Any] = {"values": [{}]}
-"""Data of a layer that is drawn once, whatever the chart's rows."""
-
 _TOKENS_AXIS = {"labelExpr": "datum.value ? format(datum.value, '~s') : '0'", "labelOverlap": True, "grid": False}
 
 _PART_COLORS = {"embedding": "orange", "attention": "blue", "ffn": "accent", "head": "purple", "other": "other"}
 _REMOVED = "removed"
-
-
-@dataclass(frozen=True, slots=True)
-class Chart:
-    """One chart.
-
-    Attributes:
-        name: says which, among those of the page.
-        title: a line above it.
-        description: what it shows, in a sentence or two.
-        spec: in Vega-Lite, with colours by name.
-        is_wide: whether it needs the page's whole width.
-    """
-
-    name: str
-    title: str
-    description: str
-    spec: Mapping[str, Any]
-    is_wide: bool = False
-
-
-def _chart(name: str, title: str, description: str, rows: Sequence[Mapping[str, Any]], **spec: Any) -> Chart:
-    is_wide = spec.pop("is_wide", False)
-    whole = {
-        "$schema": SCHEMA,
-        "width": "container",
-        "autosize": {"type": "fit-x", "contains": "padding"},
-        "data": {"values": list(rows)},
-        **spec,
-    }
-    return Chart(name, title, description, whole, is_wide)
 
 
 # -- losses ----------------------------------------------------------------------------------------------------------
@@ -80,54 +49,6 @@ def loss_charts(records: RunRecords, buckets: Sequence[str]) -> list[Chart]:
     return [_loss_chart(bucket, ratios[bucket], scale, records.result.name) for bucket in buckets]
 
 
-def ratio_scale(ratios: Sequence[Ratio]) -> dict[str, Any]:
-    """Return the scale that holds all intervals and 1; logarithmic where the largest is far away."""
-    low = min([1.0, *(one.value if one.low is None else one.low for one in ratios)])
-    high = max([1.0, *(one.value if one.high is None else one.high for one in ratios)])
-    if high / low >= _LOG_FROM:
-        room = (high / low) ** 0.06
-        return {"type": "log", "domain": [low / room, high * room], "nice": False}
-    room = max(0.005, 0.08 * (high - low))
-    return {"type": "linear", "domain": [low - room, high + room], "nice": False, "zero": False}
-
-
-def log_ticks(low: float, high: float) -> list[float]:
-    """Return a handful of round numbers between two positive ones, evenly apart on a log scale as far as can be."""
-    powers = range(math.floor(math.log10(low)), math.ceil(math.log10(high)) + 1)
-    for digits in ((1, 2, 5), (1, 3), (1,)):
-        ticks = [digit * 10.0**power for power in powers for digit in digits if low <= digit * 10.0**power <= high]
-        if len(ticks) <= 7:
-            return ticks
-    return ticks[:: math.ceil(len(ticks) / 7)]
-
-
-def _intervals(
-    place: Mapping[str, Any], axis: Mapping[str, Any], highlight: Mapping[str, Any], tip: Sequence[Mapping[str, Any]]
-) -> list[dict[str, Any]]:
-    """Return the layers of a chart with one row per model: interval (where it has one), value, and value in words."""
-    return [
-        {
-            "transform": [{"filter": "isValid(datum.low)"}],
-            "mark": {"type": "rule", "strokeWidth": 3, "strokeCap": "round"},
-            "encoding": {
-                "y": _models(),
-                "x": {**place, "field": "low"},
-                "x2": {"field": "high"},
-                "color": highlight,
-                "tooltip": tip,
-            },
-        },
-        {
-            "mark": {"type": "point", "filled": True, "size": 95, "opacity": 1},
-            "encoding": {"y": _models(), "x": {**place, "axis": axis}, "color": highlight, "tooltip": tip},
-        },
-        {
-            "mark": {"type": "text", "dy": -13, "fontSize": 12},
-            "encoding": {"y": _models(), "x": place, "text": {"field": "shown"}},
-        },
-    ]
-
-
 def _loss_chart(bucket: str, ratios: Mapping[str, Ratio], scale: Mapping[str, Any], result: str) -> Chart:
     rows = [
         {
@@ -140,7 +61,7 @@ def _loss_chart(bucket: str, ratios: Mapping[str, Ratio], scale: Mapping[str, An
         }
         for name, one in ratios.items()
     ]
-    highlight = {"condition": {"test": _equals("model", result), "value": color("accent")}, "value": color("other")}
+    highlight = {"condition": {"test": equals("model", result), "value": color("accent")}, "value": color("other")}
     place: dict[str, Any] = {"field": "ratio", "type": "quantitative", "scale": scale}
     axis = {"title": "perplexity ÷ dense model's", "format": "~g", "labelOverlap": True}
     if scale["type"] == "log":
@@ -150,30 +71,16 @@ def _loss_chart(bucket: str, ratios: Mapping[str, Ratio], scale: Mapping[str, An
         {"field": "shown", "title": "perplexity ÷ dense"},
         {"field": "interval", "title": "95 % interval"},
     ]
-    layers = [_dashed(1.0), *_intervals(place, axis, highlight, tip)]
+    layers = [dashed_line(1.0), *interval_layers(place, axis, highlight, tip)]
     told = "; ".join(f"{row['model']} {row['shown']} (95 % interval {row['interval']})" for row in rows)
-    return _chart(
+    return make_chart(
         f"loss-{bucket}",
         f"Perplexity on {bucket} text, relative to the dense model",
         f"Perplexity on {bucket} over the dense model's, where 1 is no difference and lower is better: {told}.",
         rows,
-        height=_ROW_HEIGHT * len(rows),
+        height=ROW_HEIGHT * len(rows),
         layer=layers,
     )
-
-
-def _dashed(place: float) -> dict[str, Any]:
-    """Return a layer with a dashed line from bottom to top."""
-    across = {"x": {"datum": place, "type": "quantitative"}}
-    return {"data": _ONCE, "mark": {"type": "rule", "strokeDash": [4, 3]}, "encoding": across}
-
-
-def _models() -> dict[str, Any]:
-    return {"field": "model", "type": "nominal", "sort": None, "title": None, "axis": {"labelColor": color("ink")}}
-
-
-def _equals(field: str, value: str) -> dict[str, Any]:
-    return {"field": field, "equal": value}
 
 
 def document_charts(records: RunRecords) -> list[Chart]:
@@ -213,14 +120,14 @@ def _document_chart(bucket: str, changes: Sequence[float], result: str) -> Chart
         for place in range(edges[0], edges[1] + 1)
     ]
     worse = sum(change > 0 for change in ordered) / len(ordered)
-    return _chart(
+    return make_chart(
         f"documents-{bucket}",
         f"Change in loss of each of {len(ordered):,} {bucket} documents",
         f"Histogram of the change in loss of single {bucket} documents from the dense model to {result}: the median is "
         f"{quantile(ordered, 0.5):+.1%}, one in ten is at {quantile(ordered, 0.9):+.1%} or worse, and {worse:.0%} of "
         "documents got worse.",
         rows,
-        height=4 * _ROW_HEIGHT,
+        height=4 * ROW_HEIGHT,
         layer=[
             {
                 "mark": {"type": "bar", "tooltip": True, "binSpacing": 1},
@@ -244,23 +151,9 @@ def _document_chart(bucket: str, changes: Sequence[float], result: str) -> Chart
                     ],
                 },
             },
-            _dashed(0.0),
+            dashed_line(0.0),
         ],
     )
-
-
-def quantile(ordered: Sequence[float], share: float) -> float:
-    """Return the value below which a share of the ascending values lies, interpolated."""
-    place = share * (len(ordered) - 1)
-    below = math.floor(place)
-    above = min(below + 1, len(ordered) - 1)
-    return ordered[below] + (place - below) * (ordered[above] - ordered[below])
-
-
-def nice_step(width: float) -> float:
-    """Return the least of 1, 2, 5 times a power of ten that is no smaller."""
-    power = 10.0 ** math.floor(math.log10(width))
-    return next(step * power for step in (1, 2, 5, 10) if step * power >= width * (1 - 1e-9))
 
 
 # -- answers ---------------------------------------------------------------------------------------------------------
@@ -287,7 +180,7 @@ def choices_charts(records: RunRecords) -> list[Chart]:
 
 
 def _choices_chart(name: str, rows: Sequence[Mapping[str, Any]], chance: float, result: str) -> Chart:
-    highlight = {"condition": {"test": _equals("model", result), "value": color("accent")}, "value": color("other")}
+    highlight = {"condition": {"test": equals("model", result), "value": color("accent")}, "value": color("other")}
     low = min(chance, *(row["low"] for row in rows))
     high = max(chance, *(row["high"] for row in rows))
     room = 0.06 * (high - low)
@@ -301,18 +194,18 @@ def _choices_chart(name: str, rows: Sequence[Mapping[str, Any]], chance: float, 
         {"field": "high", "title": "to", "format": ".1%"},
         {"field": "questions", "format": ","},
     ]
-    return _chart(
+    return make_chart(
         f"choices-{name}",
         f"Multiple choice: {name}",
         f"Share of right answers to {name}; guessing gives {chance:.1%}: "
         + "; ".join(f"{row['model']} {row['shown']} ({row['low']:.1%} to {row['high']:.1%})" for row in rows)
         + ".",
         rows,
-        height=_ROW_HEIGHT * len(rows),
+        height=ROW_HEIGHT * len(rows),
         layer=[
-            _dashed(chance),
+            dashed_line(chance),
             {
-                "data": _ONCE,
+                "data": ONCE,
                 "mark": {"type": "text", "align": "left", "baseline": "top", "dx": 4, "color": color("soft")},
                 "encoding": {
                     "x": {"datum": chance, "type": "quantitative"},
@@ -320,7 +213,7 @@ def _choices_chart(name: str, rows: Sequence[Mapping[str, Any]], chance: float, 
                     "text": {"value": "guessing"},
                 },
             },
-            *_intervals(place, axis, highlight, tip),
+            *interval_layers(place, axis, highlight, tip),
         ],
     )
 
@@ -375,12 +268,12 @@ def _curve_chart(title: str, rows: Sequence[Mapping[str, Any]], trained: Sequenc
         for name in domain
         if (mine := [row for row in rows if row["training"] == name])
     )
-    return _chart(
+    return make_chart(
         f"recovery-{title}",
         title,
         f"{title} over training tokens: {ends}. A ring marks the weights that were kept.",
         rows,
-        height=5 * _ROW_HEIGHT,
+        height=5 * ROW_HEIGHT,
         layer=[
             {"mark": {"type": "line"}, "encoding": place},
             {
@@ -415,16 +308,16 @@ def parts_chart(records: RunRecords) -> Chart:
         for place, part in enumerate(parts)
     ]
     told = "; ".join(f"{model} {format_count(sum(counts.values()))}" for model, counts in sides.items())
-    return _chart(
+    return make_chart(
         "parameters",
         "Parameters by part",
         f"Stacked bars of parameters by part: {told}. The table has every number.",
         rows,
-        height=_ROW_HEIGHT * len(sides),
+        height=ROW_HEIGHT * len(sides),
         is_wide=True,
         mark={"type": "bar"},
         encoding={
-            "y": _models(),
+            "y": models_axis(),
             "x": {
                 "field": "parameters",
                 "type": "quantitative",
@@ -468,12 +361,12 @@ def layers_chart(records: RunRecords) -> Chart | None:
                 rows.append({**gone, "of": part})
     gone_in_all = sum(row["parameters"] for row in rows if row["part"] == _REMOVED)
     shown = [part for part in (*by_part, _REMOVED) if part != _REMOVED or gone_in_all]
-    return _chart(
+    return make_chart(
         "layers",
         "Parameters by layer",
         f"Stacked bars of every layer's parameters; {format_count(gone_in_all)} went from the layers in all.",
         rows,
-        height=5 * _ROW_HEIGHT,
+        height=5 * ROW_HEIGHT,
         is_wide=True,
         mark={"type": "bar"},
         encoding={
@@ -551,7 +444,7 @@ def _importance_chart(kind: str, bins: Sequence[ImportanceBin]) -> Chart:
         ],
     }
     mark = {"type": "rect", "binSpacing": 0}
-    return _chart(
+    return make_chart(
         f"importance-{kind}",
         f"Importance and fate of {what}",
         f"Map of {layers} layers by rank of their {what}: darker cells are more important in the whole model (a "
@@ -648,19 +541,19 @@ def frequency_chart(records: RunRecords) -> Chart | None:
         label = f"{len(vocabulary.keep):,} of {vocabulary.num_tokens:,} ids stay"
         told += f"; {label}"
         layers += [
-            _dashed(float(len(vocabulary.keep))),
+            dashed_line(float(len(vocabulary.keep))),
             {
-                "data": _ONCE,
+                "data": ONCE,
                 "mark": {"type": "text", "align": "right", "baseline": "top", "dx": -6, "dy": 2},
                 "encoding": {"x": cut, "y": {"value": 0}, "text": {"value": label}},
             },
         ]
-    return _chart(
+    return make_chart(
         "token-frequency",
         "How often token ids are used",
         f"Uses of each token id by rank, both axes logarithmic: {told}.",
         rows,
-        height=6 * _ROW_HEIGHT,
+        height=6 * ROW_HEIGHT,
         is_wide=True,
         layer=layers,
     )

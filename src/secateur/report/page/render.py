@@ -1,4 +1,4 @@
-"""Records to one HTML file, and single charts to SVG and PNG files.
+"""A page to one HTML file, and single charts to SVG and PNG files.
 
 Text of the run (names, recipes, notes) reaches the page as text only: the template escapes it, and the JSON of the
 charts has no ``<`` in it. A content security policy forbids every address and every script but the two that are
@@ -12,8 +12,6 @@ import hashlib
 import importlib.util
 import json
 import re
-from collections.abc import Mapping, Sequence
-from datetime import timedelta
 from functools import cache
 from pathlib import Path
 from typing import Any
@@ -22,12 +20,9 @@ from jinja2 import Environment, FileSystemLoader, StrictUndefined
 from markupsafe import Markup
 
 from secateur.errors import UnavailableError
-from secateur.report.page.cautions import cautions, tiles
-from secateur.report.page.charts import Chart
-from secateur.report.page.records import RunRecords
-from secateur.report.page.sections import Section, sections
+from secateur.report.page.chart import Chart
+from secateur.report.page.document import Document
 from secateur.report.page.theme import COLORS, config, with_colors
-from secateur.report.tables import Table, verdict
 
 HOW_TO_INSTALL = "pip install 'secateur[report]'"
 
@@ -41,15 +36,15 @@ def is_available() -> bool:
     return importlib.util.find_spec("vl_convert") is not None
 
 
-def render_page(records: RunRecords) -> str:
-    """Return the page of a run as one HTML text that needs nothing else.
+def render_page(document: Document) -> str:
+    """Return a page as one HTML text that needs nothing else.
 
     Raises:
         UnavailableError: vl-convert-python is not installed.
     """
-    shown = sections(records)
-    charts = [chart for section in shown for chart in section.charts]
-    data = {"config": config(), "colors": COLORS, "charts": {_anchor(shown, chart): chart.spec for chart in charts}}
+    anchors = {id(chart): f"chart-{number}" for number, chart in enumerate(document.charts, start=1)}
+    charts = {anchors[id(chart)]: chart.spec for chart in document.charts}
+    data = {"config": config(), "colors": COLORS, "charts": charts}
     library, script = _library(), _read("page.js")
     policy = (
         "default-src 'none'; base-uri 'none'; form-action 'none'; style-src 'unsafe-inline'; img-src data:; "
@@ -59,21 +54,14 @@ def render_page(records: RunRecords) -> str:
         _environment()
         .get_template("page.html.j2")
         .render(
-            anchor=lambda chart: _anchor(shown, chart),
-            cautions=cautions(records),
+            anchor=lambda chart: anchors[id(chart)],
             colors=COLORS,
             data=Markup(json_for_html(data)),
             library=Markup(library),
-            made=_how_made(records),
-            model=records.short_model,
-            domains=", ".join(records.domains),
+            page=document,
             policy=Markup(policy),
-            records=records,
             script=Markup(script),
-            sections=shown,
             style=Markup(_read("page.css")),
-            tiles=tiles(records),
-            verdict=verdict(records.evaluation, records.domains, records.bounds),
         )
     )
 
@@ -90,11 +78,11 @@ def json_for_html(data: Any) -> str:
     return text
 
 
-def save_charts(records: RunRecords, *, svg: Path | None = None, png: Path | None = None) -> list[Path]:
+def save_charts(document: Document, *, svg: Path | None = None, png: Path | None = None) -> list[Path]:
     """Write every chart of the page, on a white ground, into folders; return the files.
 
     Args:
-        records: of the run.
+        document: the page.
         svg: folder for SVG files; None for none.
         png: folder for PNG files, at twice the size in pixels; None for none.
 
@@ -104,7 +92,7 @@ def save_charts(records: RunRecords, *, svg: Path | None = None, png: Path | Non
     """
     convert = _converter()
     files = []
-    for number, chart in enumerate((chart for section in sections(records) for chart in section.charts), start=1):
+    for number, chart in enumerate(document.charts, start=1):
         name = f"{number:02d}-{_slug(chart.name)}"
         spec = chart_for_file(chart)
         if svg is not None:
@@ -165,29 +153,5 @@ def _hash(script: str) -> str:
     return f"'sha256-{base64.b64encode(hashlib.sha256(script.encode()).digest()).decode()}'"
 
 
-def _anchor(shown: Sequence[Section], chart: Chart) -> str:
-    """Return a name for a chart that is safe in HTML and that no other chart of the page has."""
-    charts = [other for section in shown for other in section.charts]
-    return f"chart-{charts.index(chart) + 1}"
-
-
 def _slug(name: str) -> str:
     return re.sub(r"[^A-Za-z0-9_-]+", "-", name).strip("-").lower() or "chart"
-
-
-def _how_made(records: RunRecords) -> Sequence[Table]:
-    manifest: Mapping[str, Any] = records.manifest
-    facts = [
-        ["dense model", records.model],
-        ["its fingerprint", str(manifest.get("model_fingerprint", ""))],
-        ["seed of the cut", str(manifest.get("seed", ""))],
-        ["seed of the controls", str(records.evaluation.seed)],
-        ["calibrated on", f"{records.plan.calibration_tokens:,} tokens of {', '.join(records.plan.calibrated_on)}"],
-        *([name, str(version)] for name, version in manifest.get("versions", {}).items()),
-    ]
-    stages = [
-        [name, str(timedelta(seconds=round(stage.get("seconds", 0)))), str(stage.get("finished", ""))]
-        for name, stage in manifest.get("stages", {}).items()
-    ]
-    made = [Table("what it was made from", ["fact", "value"], facts)]
-    return [*made, Table("stages", ["stage", "time", "finished"], stages)] if stages else made

@@ -3,13 +3,12 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
 
 from secateur.records.exported import Exported
 from secateur.records.units import UNIT_NAMES
 from secateur.report.markdown import describe_choice, describe_export
+from secateur.report.page.chart import quantile
 from secateur.report.page.charts import (
-    Chart,
     choices_charts,
     document_changes,
     document_charts,
@@ -18,9 +17,9 @@ from secateur.report.page.charts import (
     layers_chart,
     loss_charts,
     parts_chart,
-    quantile,
     recovery_charts,
 )
+from secateur.report.page.document import Section
 from secateur.report.page.importance import parameters_by_layer
 from secateur.report.page.records import FINETUNED, RECOVERED, TIMES, RunRecords, ratio
 from secateur.report.recovery import curve_table, describe_recovery
@@ -51,27 +50,6 @@ ROWS = {
     "reversed": "the same cut with the best units gone",
 }
 """What the rows of an evaluation are."""
-
-
-@dataclass(frozen=True, slots=True)
-class Section:
-    """A part of the page.
-
-    Attributes:
-        name: its anchor.
-        title: its heading.
-        text: paragraphs.
-        charts: shown side by side where there is room.
-        tables: folded; each opens by itself.
-        items: a list.
-    """
-
-    name: str
-    title: str
-    text: Sequence[str] = ()
-    charts: Sequence[Chart] = ()
-    tables: Sequence[Table] = ()
-    items: Sequence[str] = ()
 
 
 def sections(records: RunRecords) -> list[Section]:

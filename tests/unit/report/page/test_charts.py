@@ -11,7 +11,8 @@ from typing import Any
 import pytest
 
 from secateur.records.evaluation import paired_difference
-from secateur.report.page.charts import Chart, log_ticks, loss_charts, nice_step, quantile, ratio_scale
+from secateur.report.page.chart import Chart, log_ticks, nice_step, quantile, ratio_scale
+from secateur.report.page.charts import loss_charts
 from secateur.report.page.records import Ratio, RunRecords, ratio
 from secateur.report.page.render import chart_for_file
 from secateur.report.page.sections import sections

@@ -10,7 +10,7 @@ from pathlib import Path
 
 import pytest
 
-from secateur.report.page import is_available, render_page
+from secateur.report.page import is_available, render_page, run_document
 from tests.browser import CHROMIUM, Page, browser
 
 from .runs import full_run, hostile_run
@@ -26,8 +26,8 @@ def pages(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
     """A plain page and a hostile one on disk."""
     folder = tmp_path_factory.mktemp("pages")
     files = {"plain": folder / "plain.html", "hostile": folder / "hostile.html"}
-    files["plain"].write_text(render_page(full_run()), encoding="utf-8")
-    files["hostile"].write_text(render_page(hostile_run()), encoding="utf-8")
+    files["plain"].write_text(render_page(run_document(full_run())), encoding="utf-8")
+    files["hostile"].write_text(render_page(run_document(hostile_run())), encoding="utf-8")
     return files
 
 

@@ -13,7 +13,7 @@ import pytest
 
 from secateur.errors import UnavailableError
 from secateur.report.page import render as render_module
-from secateur.report.page import render_page, save_charts
+from secateur.report.page import render_page, run_document, save_charts
 from secateur.report.page.render import json_for_html
 
 from ..records import evaluation, plan
@@ -43,7 +43,7 @@ class Reader(HTMLParser):
 def page(monkeypatch: pytest.MonkeyPatch) -> str:
     """A page of a full run, with a stand-in for Vega's own code."""
     monkeypatch.setattr(render_module, "_library", lambda: "window.vegaEmbed=null;")
-    return render_page(full_run())
+    return render_page(run_document(full_run()))
 
 
 def test_every_section_stands_on_the_page_with_its_tables(page: str) -> None:
@@ -67,7 +67,7 @@ def test_sections_without_records_are_left_out(monkeypatch: pytest.MonkeyPatch) 
     bare = full_run(
         evaluation=evaluation(), plan=plan(), recoveries={}, exports=[], importance={}, frequencies={}, manifest={}
     )
-    text = render_page(bare)
+    text = render_page(run_document(bare))
     for gone in ("answer questions", "training go", "other forms", "token ids does", "Importance and fate"):
         assert gone not in text
 
@@ -86,7 +86,7 @@ def test_the_page_names_no_address_and_allows_only_its_own_scripts(page: str) ->
 def test_names_with_markup_are_shown_as_text(monkeypatch: pytest.MonkeyPatch) -> None:
     """Whatever models, buckets, questions, notes and recipes are called, the page has the elements it has without."""
     monkeypatch.setattr(render_module, "_library", lambda: "")
-    hostile = render_page(hostile_run())
+    hostile = render_page(run_document(hostile_run()))
     reader = Reader(hostile)
     assert reader.tags.count("script") == 3
     assert "img" not in reader.tags
@@ -119,13 +119,13 @@ def test_without_the_package_that_draws_the_error_says_how_to_get_it(monkeypatch
     render_module._library.cache_clear()
     monkeypatch.setitem(sys.modules, "vl_convert", None)
     with pytest.raises(UnavailableError, match=r"vl-convert-python.*pip install 'secateur\[report\]'"):
-        render_page(full_run())
+        render_page(run_document(full_run()))
 
 
 @needs_vega
 def test_charts_become_files_whatever_they_are_called(tmp_path: Path) -> None:
     """SVG and PNG files lie in the folders asked for and nowhere else."""
-    files = save_charts(hostile_run(), svg=tmp_path / "svg", png=tmp_path / "png")
+    files = save_charts(run_document(hostile_run()), svg=tmp_path / "svg", png=tmp_path / "png")
     assert len(files) == 2 * 11
     assert {file.parent for file in files} == {tmp_path / "svg", tmp_path / "png"}
     assert sorted(files) == sorted(path for path in tmp_path.rglob("*") if path.is_file())
