@@ -3,6 +3,8 @@ PYTHON ?= python3
 VENV := .venv
 BIN := $(VENV)/bin
 INSTALLED := $(VENV)/.installed
+# Tests are many and small: a process per core, each with one thread.
+PYTEST := OMP_NUM_THREADS=1 $(BIN)/python -m pytest -q -n auto --maxprocesses 8 --dist loadfile
 
 .PHONY: help setup demo test check unit test-all fmt golden docs bench clean
 
@@ -30,12 +32,12 @@ check: $(INSTALLED)
 	$(BIN)/python docs/generate.py --check
 
 unit: $(INSTALLED)
-	$(BIN)/python -m pytest -q
+	$(PYTEST)
 
 test: check unit
 
 test-all: check
-	$(BIN)/python -m pytest -q -m ""
+	$(PYTEST) -m ""
 
 fmt: $(INSTALLED)
 	$(BIN)/ruff check --fix .
