@@ -6,13 +6,13 @@ INSTALLED := $(VENV)/.installed
 # Tests are many and small: a process per core, each with one thread.
 PYTEST := OMP_NUM_THREADS=1 $(BIN)/python -m pytest -q -n auto --maxprocesses 8 --dist loadfile
 
-.PHONY: help setup demo test check unit test-all fmt golden docs bench clean
+.PHONY: help setup demo test check unit test-all fmt golden docs screenshot bench clean
 
 help:
 	@echo "make demo   the main job on a real small model and real text (about 10 minutes)"
 	@echo "make test   linters, types, import rules and all tests"
 	@echo "make bench  slow measurements; rewrites the tables of BENCHMARKS.md"
-	@echo "make fmt | docs | golden | test-all | clean"
+	@echo "make fmt | docs | screenshot | golden | test-all | clean"
 
 $(INSTALLED): pyproject.toml constraints.txt
 	$(PYTHON) -m venv $(VENV)
@@ -48,6 +48,9 @@ golden: $(INSTALLED)
 
 docs: $(INSTALLED)
 	$(BIN)/python docs/generate.py
+
+screenshot: $(INSTALLED)
+	$(BIN)/python docs/screenshot.py
 
 bench: $(INSTALLED)
 	$(BIN)/python benchmarks/run.py
