@@ -114,6 +114,21 @@ def test_a_time_limit_too_short_for_one_generation_is_refused(pico: Pico, tmp_pa
     assert "search:cuts" in _stages(tmp_path)
 
 
+def test_more_time_goes_on_with_the_same_search(
+    pico: Pico, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A generation that was measured is not measured again, however long the search may now take."""
+    from secateur.pipeline.search import Search
+
+    prune = _prune(budget={"channels": 0.25}, allocation="search")
+    first = secateur.run(pico.recipe(tmp_path, prune={**prune, "search": {**SEARCH, "time_limit": 600}}), until="plan")
+    monkeypatch.setattr(Search, "_fitness", lambda *_: pytest.fail("measured again"))
+    longer = secateur.run(pico.recipe(tmp_path, prune={**prune, "search": {**SEARCH, "time_limit": 900}}), until="plan")
+    assert first.plan is not None
+    assert longer.plan is not None
+    assert longer.plan.layers == first.plan.layers
+
+
 def test_a_bound_on_the_loss_gives_the_smallest_model_tried_that_keeps_it(pico: Pico, tmp_path: Path) -> None:
     """Kept on validation text with 95 % confidence; the verdict says what the test text says."""
     budget = {"max_domain_loss": 0.01, "max_general_loss": 0.05}

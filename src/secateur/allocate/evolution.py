@@ -130,10 +130,12 @@ def evolve(
             if len(pool) > survivors:
                 losses = fitness(pool, stage)
                 pool = [pool[index] for index in _order(losses)[:survivors]]
-        contenders = [state.best, *pool]
-        losses = fitness(contenders, len(schedule.survivors))
-        winner = _order(losses)[0]
-        state.best, state.loss = contenders[winner], losses[winner]
+        contenders = pool if state.loss is not None else [state.best, *pool]
+        losses = fitness(contenders, len(schedule.survivors)) if contenders else []
+        for contender, loss in zip(contenders, losses, strict=True):
+            if state.loss is None or loss < state.loss:
+                state.best, state.loss = contender, loss
+        assert state.loss is not None, "the first generation measures the beginning"
         state.generation += 1
         state.history.append(state.loss)
         save(state)

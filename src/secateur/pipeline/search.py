@@ -250,8 +250,9 @@ class Search:
         space = self._space(start, wanted)
         schedule = Schedule(generations=self.spec.generations, offspring=self.spec.offspring)
         stage, file = "search:evolve", self.folder.path / "search" / "evolution.json"
-        key = digest(self.key, start, wanted, self.spec.model_dump(), self.seed)
-        if self.folder.is_done(stage, key, file):
+        key = digest(self.key, start, wanted, self.spec.model_dump(exclude={"time_limit"}), self.seed)
+        done_key = digest(key, self.spec.time_limit)  # with more time the same search goes on
+        if self.folder.is_done(stage, done_key, file):
             self.reused.append(stage)
             return SearchState(**read_json(file)["state"]).best
         self.folder.forget(stage)
@@ -279,7 +280,7 @@ class Search:
                 is_over=lambda: limit is not None and time.perf_counter() - started > limit,
                 save=save,
             )
-        self.folder.finish(stage, key, started, generations=state.generation, loss=state.loss)
+        self.folder.finish(stage, done_key, started, generations=state.generation, loss=state.loss)
         return state.best
 
     def _space(self, start: Counts, wanted: float) -> Space:

@@ -83,6 +83,21 @@ def test_a_stopped_search_ends_as_one_that_was_not() -> None:
     assert _search(SearchState(**stopped.to_dict())).to_dict() == whole.to_dict()
 
 
+def test_what_was_measured_on_all_the_text_is_not_measured_again() -> None:
+    """The parent keeps its loss; only a better candidate takes its place."""
+    asked: list[Counts] = []
+
+    def fitness(candidates: Sequence[Counts], stage: int) -> list[float]:
+        if stage == len(SCHEDULE.survivors):
+            asked.extend(candidates)
+        return _fitness(candidates, stage)
+
+    start: Counts = {"ffn_channel": [20, 20, 20, 18], "gqa_group": [4, 4, 4, 4]}
+    evolve(SearchState(start), SPACE, fitness, SCHEDULE, seed=1, is_over=lambda: False, save=lambda state: None)
+    assert asked.count(start) == 1
+    assert len(asked) == 1 + sum(SCHEDULE.survivors) * SCHEDULE.generations
+
+
 @pytest.mark.parametrize(("generation", "share"), [(0, 0.125), (15, 0.0625), (59, 0.015625)])
 def test_exchanges_become_finer(generation: int, share: float) -> None:
     """Each of four phases halves the largest exchange."""
