@@ -52,12 +52,18 @@ def test_a_search_over_all_kinds_keeps_the_budget_and_makes_a_working_model(pico
 
 
 def test_measurements_serve_every_budget_and_a_finished_search_is_not_repeated(pico: Pico, tmp_path: Path) -> None:
-    """Another budget measures no cut again; the same run again does nothing."""
+    """Another budget measures no cut again, other units only theirs; the same run again does nothing."""
     first = _prune(budget={"channels": 0.25}, allocation="knapsack")
     secateur.run(pico.recipe(tmp_path, prune=first), until="plan")
     assert "search:cuts" in _stages(tmp_path)
     second = secateur.run(pico.recipe(tmp_path, prune={**first, "budget": {"channels": 0.4}}), until="plan")
     assert "search:cuts" in second.reused
+    wider = {**first, "units": ["ffn_channel", "gqa_group"], "budget": {"parameters": 0.2}}
+    kept = read_json(tmp_path / "search" / "cuts.json")["losses"]
+    secateur.run(pico.recipe(tmp_path, prune=wider), until="plan")
+    assert read_json(tmp_path / "search" / "cuts.json")["losses"].items() > kept.items()
+    third = secateur.run(pico.recipe(tmp_path, prune=first), until="plan")
+    assert "search:cuts" in third.reused
     searched = {**first, "allocation": "search"}
     one = secateur.run(pico.recipe(tmp_path, prune=searched), until="plan")
     again = secateur.run(pico.recipe(tmp_path, prune=searched), until="plan")

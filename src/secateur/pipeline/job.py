@@ -751,7 +751,8 @@ class _Job:
         prune, geometry = self.recipe.prune, self.checkpoint.geometry
         meters = self._meters("kl")
         grams = self.grams.load("calibration") if prune.reconstruct != "none" else None
-        cuts = prune.model_dump(exclude={"budget", "vocabulary", "allocation", "search"})
+        of_a_cut = {"method", "options", "normalize", "reconstruct", "buckets", "mix", "seed"}
+        cuts = prune.model_dump(include=of_a_cut)
         return Search(
             meters=meters.by_bucket,
             weights=meters.weights,

@@ -14,6 +14,7 @@ from dataclasses import dataclass, field
 from functools import partial
 from itertools import product
 from pathlib import Path
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -95,6 +96,11 @@ class _Cut:
     layer: int
     counts: tuple[tuple[str, int], ...]
 
+    @property
+    def name(self) -> str:
+        """Say which cut it is, such as ``3:ffn_channel=512``."""
+        return f"{self.layer}:" + "+".join(f"{kind}={kept}" for kind, kept in self.counts)
+
 
 @dataclass(slots=True)
 class Search:
@@ -107,7 +113,7 @@ class Search:
         choices: what may be chosen.
         spec: levels, tokens, time.
         folder: where to keep what was measured.
-        key: hash of everything that the measurements depend on.
+        key: hash of everything that a cut's measurement depends on beside the cut itself.
         seed: of the search.
         progress: told about everything that takes time.
         reused: gets the names of stages whose results were there already.
@@ -151,19 +157,28 @@ class Search:
         return self._losses
 
     def _measure_cuts(self) -> dict[_Cut, float]:
+        """Measure the cuts that were not measured before, for whatever budget or units, and keep all."""
         cuts = self.cuts()
+        stage, file = "search:cuts", self.folder.path / "search" / "cuts.json"
+        known = _read_losses(file, self.key)
+        missing = [cut for cut in cuts if cut.name not in known]
+        if not missing:
+            self.reused.append(stage)
+        else:
+            self.folder.forget(stage)
+            started = time.perf_counter()
+            known |= self._measure(missing, file, known)
+            write_json(file, {"key": self.key, "losses": known})
+            self.folder.finish(stage, self.key, started, cuts=len(known))
+        return {cut: known[cut.name] for cut in cuts}
+
+    def _measure(self, cuts: Sequence[_Cut], file: Path, known: Mapping[str, float]) -> dict[str, float]:
+        """Return the loss of each cut by its name; what is measured so far is kept batch by batch, beside the known."""
         candidates: list[list[MakePatch]] = [[] for _ in range(self.choices.num_layers)]
         for cut in cuts:
             candidates[cut.layer].append(partial(self._patch, cut))
-        total = dict.fromkeys(cuts, 0.0)
-        stage, file = "search:cuts", self.folder.path / "search" / "cuts.json"
-        key = digest(self.key, [repr(cut) for cut in cuts])
-        if self.folder.is_done(stage, key, file):
-            self.reused.append(stage)
-            kept = read_json(file)["losses"]
-            return dict(zip(cuts, kept, strict=True))
-        self.folder.forget(stage)
-        started = time.perf_counter()
+        total = dict.fromkeys((cut.name for cut in cuts), 0.0)
+        key = digest(self.key, list(total))
         before = _read_partial(file, key)
         batches = sum(meter.num_batches for meter in self.meters.values())
         with self.progress(f"measure {len(cuts)} single cuts", batches, "batches") as task:
@@ -172,13 +187,11 @@ class Search:
                 task.advance(sums.num_batches if sums else 0)
                 for sums in meter.alone(candidates, sums):  # noqa: B020 - the sums grow
                     before[name] = sums
-                    _write_partial(file, key, before)
+                    write_json(file, {"key": self.key, "losses": dict(known), **_partial(key, before)})
                     task.advance(1)
                 assert sums is not None, "a text has at least one batch"
-                for cut, mean in zip(cuts, sums.means(), strict=True):
+                for cut, mean in zip(total, sums.means(), strict=True):
                     total[cut] += self.weights[name] * mean
-        write_json(file, {"key": key, "cuts": [repr(cut) for cut in cuts], "losses": list(total.values())})
-        self.folder.finish(stage, key, started, cuts=len(cuts))
         return total
 
     def _patch(self, cut: _Cut) -> dict[str, torch.Tensor]:
@@ -250,7 +263,7 @@ class Search:
         space = self._space(start, wanted)
         schedule = Schedule(generations=self.spec.generations, offspring=self.spec.offspring)
         stage, file = "search:evolve", self.folder.path / "search" / "evolution.json"
-        key = digest(self.key, start, wanted, self.spec.model_dump(exclude={"time_limit"}), self.seed)
+        key = digest(self.key, self.choices.allowed, start, wanted, self.spec.model_dump(exclude={"time_limit"}), self.seed)
         done_key = digest(key, self.spec.time_limit)  # with more time the same search goes on
         if self.folder.is_done(stage, done_key, file):
             self.reused.append(stage)
@@ -348,27 +361,40 @@ class Search:
             )
 
 
+def _read_losses(file: Path, key: str) -> dict[str, float]:
+    """Return what single cuts lose, by their names, as far as that was measured for this key."""
+    if not file.is_file() or (data := read_json(file)).get("key") != key:
+        return {}
+    try:
+        return {str(name): float(loss) for name, loss in data["losses"].items()}
+    except (KeyError, TypeError, ValueError, AttributeError) as error:
+        raise _not_ours(file, error) from None
+
+
 def _read_partial(file: Path, key: str) -> dict[str, ChangeSums]:
     """Return the sums of a measurement that was stopped; none where there are none for this key."""
-    if not file.is_file() or (data := read_json(file)).get("key") != key or "partial" not in data:
+    if not file.is_file() or (data := read_json(file)).get("partial_key") != key:
         return {}
     try:
         return {
             name: ChangeSums(torch.tensor(part["sums"], dtype=torch.float64), part["num_tokens"], part["num_batches"])
             for name, part in data["partial"].items()
         }
-    except (KeyError, TypeError) as error:
-        raise CheckpointError(
-            f"{file} is not what secateur wrote: {error!r}. Delete it; it will be made again."
-        ) from None
+    except (KeyError, TypeError, AttributeError) as error:
+        raise _not_ours(file, error) from None
 
 
-def _write_partial(file: Path, key: str, sums: Mapping[str, ChangeSums]) -> None:
+def _partial(key: str, sums: Mapping[str, ChangeSums]) -> dict[str, Any]:
+    """Return a measurement that may be stopped here, as ``_read_partial`` reads it."""
     partial = {
         name: {"sums": part.sums.tolist(), "num_tokens": part.num_tokens, "num_batches": part.num_batches}
         for name, part in sums.items()
     }
-    write_json(file, {"key": key, "partial": partial})
+    return {"partial_key": key, "partial": partial}
+
+
+def _not_ours(file: Path, error: Exception) -> CheckpointError:
+    return CheckpointError(f"{file} is not what secateur wrote: {error!r}. Delete it; it will be made again.")
 
 
 MEASURED = ("knapsack", "search")
