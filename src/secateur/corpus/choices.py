@@ -5,6 +5,10 @@ doi:10.5281/zenodo.5371628): a choice follows its prompt after one space, the tw
 space at the prompt's end belongs to the continuation. We differ where a token reaches over the end of the prompt: it
 is scored with the choice, for all choices of the question alike. A prompt that is too long loses its start, the same
 for all choices, and never the special tokens before it.
+
+Where that is less to read, the choices of a question share its prompt: the prompt's tokens but the last are a piece of
+their own, the trunk, and behind it stands for every choice a branch, which begins with the prompt's last token at its
+own position. Whoever runs such blocks lets a branch read its trunk and itself (``evaluate.choices``).
 """
 
 from __future__ import annotations
@@ -13,7 +17,7 @@ import hashlib
 import json
 import string
 from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 import numpy as np
@@ -21,6 +25,7 @@ import torch
 from jaxtyping import Int64
 from torch import Tensor
 
+from secateur.corpus.choice_baselines import overlap_share
 from secateur.corpus.fields import Template, field_value, parse_template, render
 from secateur.corpus.files import source_files
 from secateur.corpus.formats import FORMATS, PLAIN_SUFFIXES, ReadOptions, check_encoding, read_rows
@@ -36,6 +41,9 @@ PROMPTS = {"text": "Question: {question}\nAnswer:", "letter": "Question: {questi
 
 LETTERS = string.ascii_uppercase
 
+NO_SUBJECT = "(none)"
+"""The subject of questions that leave theirs blank."""
+
 _READINGS = {"index": "an index (from 0)", "letter": "a letter", "text": "the text of a choice"}
 
 
@@ -48,17 +56,21 @@ class ChoiceItem:
         choices: the texts that are scored, without white space around them; letters in style ``letter``.
         answer: index of the right one.
         where: file and row, for messages.
+        subject: what it is about; blank where that is not said.
+        overlap: ``overlap_share`` of the question as it was written; None takes that of prompt and choices.
     """
 
     prompt: str
     choices: tuple[str, ...]
     answer: int
     where: str = field(default="question", compare=False)
+    subject: str = field(default="", compare=False)
+    overlap: float | None = field(default=None, compare=False)
 
 
 @dataclass(slots=True, eq=False, kw_only=True)
 class PackedChoices(PackedBlocks):
-    """Implements ``ChoiceBlocks``; build it with ``pack_choices``. Its documents are rows.
+    """Implements ``ChoiceBlocks``; build it with ``pack_choices``. Its documents are rows, and after them trunks.
 
     The fingerprint is that of the questions alone, so that models with other tokenizers compare on them.
     """
@@ -68,6 +80,10 @@ class PackedChoices(PackedBlocks):
     answers: tuple[int, ...]
     choice_bytes: tuple[tuple[int, ...], ...]
     num_truncated: int
+    choice_starts: Int64[Tensor, " rows"]
+    scores_whole: bool
+    overlaps: tuple[float, ...]
+    subjects: tuple[str, ...]
 
 
 @dataclass(frozen=True, slots=True)
@@ -112,6 +128,9 @@ def pack_choices(
     *,
     block_size: int,
     max_length: int | None = None,
+    window: int | None = None,
+    scores_whole: bool = False,
+    shares_prompts: bool = True,
     name: str = "choices",
 ) -> PackedChoices:
     """Return the questions as packed rows of tokens.
@@ -122,6 +141,9 @@ def pack_choices(
         block_size: tokens per block; blocks are as wide as the longest row if that is more.
         max_length: most tokens of a row, such as a model has positions; longer prompts lose their start. None for no
             limit.
+        window: tokens back that any layer of the model sees, where that is limited; longer rows share no prompt.
+        scores_whole: whether prompts are predicted too, for the perplexity of prompt and choice; then none is shared.
+        shares_prompts: whether a prompt may be read once for all its choices.
         name: of the set, for messages.
 
     Raises:
@@ -132,28 +154,34 @@ def pack_choices(
         raise CorpusError(f"set of questions {name!r} is empty. Give at least one question.")
     require_fast(tokenizer)
     prefix = leading_special_ids(tokenizer)
-    rows = _Rows(prefix, max_length)
+    width = block_size if max_length is None else min(block_size, max_length)
+    rows = _Rows(prefix, max_length, scores_whole, shares_prompts and not scores_whole)
     for item, (prompt, wholes) in zip(items, _tokenized(items, tokenizer), strict=True):
         rows.add(item, prompt, wholes)
-    longest = max(len(piece.ids) for piece in rows.pieces)
-    width = max(longest, block_size if max_length is None else min(block_size, max_length))
-    placed = place_pieces([len(piece.ids) for piece in rows.pieces], width)
+    groups = rows.groups(width, window)
+    sizes = [sum(len(piece.ids) for piece in group) for group in groups]
+    width = max(width, *sizes)
+    placed = place_pieces(sizes, width)
     return PackedChoices(
         name=name,
         split="test",
         fingerprint=_fingerprint(items),
         documents=torch.tensor(rows.hashes, dtype=torch.int64),
-        num_tokens=sum(len(piece.ids) for piece in rows.pieces),
+        num_tokens=sum(sizes),
         num_blocks=len(placed),
         num_duplicates=0,
         num_excluded=0,
         block_size=width,
-        blocks=[[rows.pieces[piece] for piece in block] for block in placed],
+        blocks=[[piece for group in block for piece in groups[group]] for block in placed],
         last_ids=_rectangle(rows.last_ids),
         places=tuple(rows.places),
         answers=tuple(item.answer for item in items),
         choice_bytes=tuple(tuple(len(choice.encode()) for choice in item.choices) for item in items),
         num_truncated=rows.num_truncated,
+        choice_starts=torch.tensor(rows.starts, dtype=torch.int64),
+        scores_whole=scores_whole,
+        overlaps=tuple(_overlap(item) for item in items),
+        subjects=tuple(item.subject for item in items) if any(item.subject for item in items) else (),
     )
 
 
@@ -163,7 +191,8 @@ def pack_choices(
 def _records(spec: ChoicesSpec, question: Template, prompt: Template, key: str) -> Iterator[_Record]:
     listed = [spec.choices] if isinstance(spec.choices, str) else spec.choices
     own = [name for name in prompt.fields if name not in ("question", "choices")]
-    wanted = Template(tuple(("", name) for name in (*question.fields, *own, *listed, spec.answer)))
+    subject = [] if spec.subject is None else [spec.subject]
+    wanted = Template(tuple(("", name) for name in (*question.fields, *own, *listed, spec.answer, *subject)))
     options = ReadOptions(spec.encoding, spec.errors, wanted)
     for path in source_files(spec.path, FORMATS.keys() - PLAIN_SUFFIXES):
         for where, row in read_rows(path, options):
@@ -200,6 +229,13 @@ def _choices(row: Mapping[str, Any], names: str | list[str], where: str, key: st
         )
     if "" in texts:
         raise CorpusError(f"{where}: choice {texts.index('')} in {shown} is blank. Correct the row, or remove it.")
+    plain = [" ".join(text.split()) for text in texts]
+    again = next((place for place, text in enumerate(plain) if text in plain[:place]), None)
+    if again is not None:
+        raise CorpusError(
+            f"{where}: choices {plain.index(plain[again])} and {again} in {shown} are the same, "
+            f"{_short(texts[again])}. Correct the row, or remove it."
+        )
     return texts
 
 
@@ -288,7 +324,31 @@ def _item(record: _Record, answer: int, prompt: Template, spec: ChoicesSpec, key
     listing = "\n".join(f"{letter}. {choice}" for letter, choice in zip(LETTERS, record.choices, strict=False))
     fields = {**record.row, "question": record.question, "choices": listing}
     text = encodable(render(fields, prompt, record.where, f"{key}.prompt"), spec.errors, record.where)
-    return ChoiceItem(text, letters if spec.style == "letter" else record.choices, answer, record.where)
+    told = Template(tuple((" ", name) for name in dict.fromkeys(("question", *prompt.fields)) if name != "choices"))
+    return ChoiceItem(
+        text,
+        letters if spec.style == "letter" else record.choices,
+        answer,
+        record.where,
+        _subject(record, spec, key),
+        overlap_share(render(fields, told, record.where, f"{key}.prompt"), record.choices, answer),
+    )
+
+
+def _subject(record: _Record, spec: ChoicesSpec, key: str) -> str:
+    if spec.subject is None:
+        return ""
+    value = field_value(record.row, spec.subject, record.where, f"{key}.subject")
+    if isinstance(value, list | tuple | Mapping | bytes):
+        raise CorpusError(
+            f"{record.where}: field {spec.subject!r} is a {type(value).__name__}, not the name of a subject. Correct "
+            f"{key}.subject:."
+        )
+    return encodable(" ".join(str("" if value is None else value).split()), spec.errors, record.where) or NO_SUBJECT
+
+
+def _overlap(item: ChoiceItem) -> float:
+    return overlap_share(item.prompt, item.choices, item.answer) if item.overlap is None else item.overlap
 
 
 # -- questions to rows ---------------------------------------------------------------------------------------------
@@ -310,10 +370,13 @@ def _whole(item: ChoiceItem, choice: str) -> str:
 class _Rows:
     """Rows as they come together, question after question."""
 
-    def __init__(self, prefix: list[int], max_length: int | None) -> None:
+    def __init__(self, prefix: list[int], max_length: int | None, scores_whole: bool, shares: bool) -> None:
         self.prefix = prefix
         self.max_length = max_length
-        self.pieces: list[Piece] = []
+        self.scores_whole = scores_whole
+        self.shares = shares
+        self.questions: list[tuple[int, list[Piece]]] = []
+        self.starts: list[int] = []
         self.hashes: list[int] = []
         self.last_ids: list[list[int]] = []
         self.places: list[tuple[tuple[int, int], ...]] = []
@@ -329,18 +392,54 @@ class _Rows:
         start = self._start(item, num_context, max(map(len, wholes)))
         self.num_truncated += start > 0
         rows: dict[tuple[int, ...], int] = {}
+        pieces: list[Piece] = []
         places = []
         for choice, whole in zip(item.choices, wholes, strict=True):
-            row = rows.setdefault(tuple(whole[:-1]), len(self.pieces))
-            if row == len(self.pieces):
+            row = rows.setdefault(tuple(whole[:-1]), len(self.starts))
+            if row == len(self.starts):
                 ids = np.array(self.prefix + whole[start:], dtype=np.int32)
-                context = len(self.prefix) + num_context - start
-                self.pieces.append(Piece(ids, row, len(choice.encode()), len(self.prefix), context))
+                self.starts.append(len(self.prefix) + num_context - start)
+                context = max(len(self.prefix), 1) if self.scores_whole else self.starts[row]
+                pieces.append(Piece(ids, row, len(choice.encode()), len(self.prefix), context))
                 self.hashes.append(document_hash(_whole(item, choice)))
                 self.last_ids.append([])
             places.append((row, len(self.last_ids[row])))
             self.last_ids[row].append(whole[-1])
+        self.questions.append((document_hash(item.prompt), pieces))
         self.places.append(tuple(places))
+
+    def groups(self, width: int, window: int | None) -> list[list[Piece]]:
+        """Return the pieces that must stand together: a row by itself, or a trunk with its branches.
+
+        Trunks are documents too, counted after the rows.
+        """
+        found: list[list[Piece]] = []
+        for prompt_hash, rows in self.questions:
+            shared = self._shared(rows, width, window)
+            if shared:
+                self.hashes.append(prompt_hash)
+            found += [shared] if shared else [[row] for row in rows]
+        return found
+
+    def _shared(self, rows: list[Piece], width: int, window: int | None) -> list[Piece]:
+        """Return the trunk and the branches of a question; nothing where its rows are to be read one by one."""
+        context = self.starts[rows[0].document]
+        branches = [
+            replace(row, ids=row.ids[context - 1 :], num_prefix=0, num_context=1, first_position=context - 1)
+            for row in rows
+        ]
+        size = context - 1 + sum(len(branch.ids) for branch in branches)
+        longest = max(len(row.ids) for row in rows)
+        if (
+            not self.shares
+            or context < 2
+            or size >= sum(len(row.ids) for row in rows)
+            or size > max(width, longest)
+            or (window is not None and longest > window)
+        ):
+            return []
+        ids = rows[0].ids[: context - 1]
+        return [Piece(ids, len(self.hashes), 0, len(self.prefix), len(ids)), *branches]
 
     def _start(self, item: ChoiceItem, num_context: int, longest: int) -> int:
         """Return how many tokens of the prompt are left out, so that the longest row fits."""

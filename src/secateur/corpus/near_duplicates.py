@@ -91,6 +91,12 @@ def near_duplicates(texts: Sequence[str], threshold: float, *, progress: Progres
     return found
 
 
+def words_of(text: str) -> list[str]:
+    """Return the words of a text in order, in lower case; a text without any is one word."""
+    normal = unicodedata.normalize("NFKC", text).casefold()
+    return _WORD.findall(normal) or [" ".join(normal.split())]
+
+
 def shingle_sets(texts: Sequence[str]) -> list[UInt64[np.ndarray, " _"]]:
     """Return the hashes of each text's different shingles, ascending."""
     hashes: dict[str, int] = {}
@@ -123,8 +129,7 @@ def _least_common(num_shingles: int, threshold: float) -> int:
 
 def _shingles(text: str, hashes: dict[str, int]) -> UInt64[np.ndarray, " _"]:
     """Return the hashes of the text's shingles; ``hashes`` remembers those of words."""
-    normal = unicodedata.normalize("NFKC", text).casefold()
-    words = _WORD.findall(normal) or [" ".join(normal.split())]
+    words = words_of(text)
     values = np.array([hashes.get(word) or hashes.setdefault(word, _hash(word)) for word in words], dtype=np.uint64)
     width = min(SHINGLE_WORDS, len(values))
     total = np.zeros(len(values) - width + 1, dtype=np.uint64)

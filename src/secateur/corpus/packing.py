@@ -51,6 +51,8 @@ class Piece:
         num_prefix: leading ids that are not tokens of its own text.
         num_context: leading ids that are not predicted; at least 1.
         span: the text it covers, where that was kept.
+        first_position: position of its first id; above 0 only for a branch, which reads the piece before it up to
+            there and then goes on (``corpus.choices``).
     """
 
     ids: Int32[np.ndarray, " tokens"]
@@ -59,6 +61,7 @@ class Piece:
     num_prefix: int
     num_context: int
     span: TextSpan | None = None
+    first_position: int = 0
 
     @property
     def own_ids(self) -> Int32[np.ndarray, " own"]:
@@ -451,7 +454,7 @@ def _batch(blocks: Sequence[Sequence[Piece]], block_size: int) -> BlockBatch:
         for piece in pieces:
             stop = start + len(piece.ids)
             input_ids[row, start:stop] = piece.ids
-            position_ids[row, start:stop] = np.arange(stop - start)
+            position_ids[row, start:stop] = np.arange(piece.first_position, piece.first_position + stop - start)
             document[row, start:stop] = piece.document
             predicted[row, start + piece.num_context : stop] = True
             start = stop

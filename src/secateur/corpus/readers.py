@@ -15,7 +15,7 @@ from secateur.recipe import CorpusSpec, SplitRatios
 from secateur.registry import unknown_name
 
 PROMPT_KEY = "recover.responses.prompt"
-"""The recipe's key for the template of prompts, for messages."""
+"""The recipe's key for the template of the prompts that are trained on, for messages."""
 
 
 def read_documents(spec: CorpusSpec, split: str | None = None) -> Iterator[str]:
@@ -38,7 +38,9 @@ def read_documents(spec: CorpusSpec, split: str | None = None) -> Iterator[str]:
         yield from _file_documents(path, template, spec)
 
 
-def read_prompts(spec: CorpusSpec, prompt: str, split: str | None = None) -> Iterator[tuple[str, str]]:
+def read_prompts(
+    spec: CorpusSpec, prompt: str, split: str | None = None, key: str = PROMPT_KEY
+) -> Iterator[tuple[str, str]]:
     """Yield each document of ``read_documents``, and beside it the same record under another template.
 
     Records whose fields all come out blank under that other template are passed over too.
@@ -47,25 +49,47 @@ def read_prompts(spec: CorpusSpec, prompt: str, split: str | None = None) -> Ite
         spec: where the text is, and how a record becomes a document.
         prompt: how a record becomes a prompt: a template such as ``"Question: {question}"``, or the name of a field.
         split: as in ``read_documents``.
+        key: the recipe's key for the template, for messages.
 
     Raises:
         CorpusError: as in ``read_documents``, or the corpus is plain text, whose documents have no fields.
         UnavailableError: a hub data set could not be had.
     """
-    document_template, template = _checked_template(spec), parse_template(prompt, PROMPT_KEY)
+    document_template, template = _checked_template(spec), parse_template(prompt, key)
     for where, row in _rows(spec, split, document_template, template):
         if not isinstance(row, Mapping):
             raise CorpusError(
-                f"{where} has no fields, and {PROMPT_KEY}: asks for {', '.join(template.fields)}. Prompts are made "
-                "from records: give .jsonl, .json, .csv or .parquet files, or leave recover.responses out."
+                f"{where} has no fields, and {key}: asks for {', '.join(template.fields)}. Prompts are made "
+                f"from records: give .jsonl, .json, .csv or .parquet files, or leave {key.removesuffix('.prompt')} out."
             )
         document = encodable(render(row, document_template, where), spec.errors, where)
-        text = encodable(render(row, template, where, PROMPT_KEY), spec.errors, where)
+        text = encodable(render(row, template, where, key), spec.errors, where)
         if document.strip() and text.split() != template.literal.split():
             yield document, text
 
 
-def check_prompts(spec: CorpusSpec, prompt: str) -> None:
+def read_records(
+    spec: CorpusSpec, split: str | None = None, also: Template | None = None, *, renders: bool = True
+) -> Iterator[tuple[str, object, str]]:
+    """Yield where each record stands, the record as it was read, and its document, which may be blank.
+
+    Args:
+        spec: where the text is, and how a record becomes a document.
+        split: as in ``read_documents``.
+        also: further fields that are wanted of a record.
+        renders: whether records become documents; if not, those are blank.
+
+    Raises:
+        CorpusError: as in ``read_documents``.
+        UnavailableError: a hub data set could not be had.
+    """
+    template = _checked_template(spec)
+    for where, row in _rows(spec, split, template, also):
+        own = None if isinstance(row, str) else template
+        yield where, row, encodable(render(row, own, where), spec.errors, where) if renders else ""
+
+
+def check_prompts(spec: CorpusSpec, prompt: str, key: str = PROMPT_KEY) -> None:
     """Refuse a corpus whose records give no prompts, before anything expensive starts; it looks at the first one.
 
     Raises:
@@ -73,10 +97,10 @@ def check_prompts(spec: CorpusSpec, prompt: str) -> None:
         UnavailableError: a hub data set could not be had.
     """
     for split in explicit_splits(spec) or (None,):
-        next(read_prompts(spec, prompt, split), None)
+        next(read_prompts(spec, prompt, split, key), None)
 
 
-def _rows(spec: CorpusSpec, split: str | None, template: Template | None, also: Template) -> Iterator[Row]:
+def _rows(spec: CorpusSpec, split: str | None, template: Template | None, also: Template | None) -> Iterator[Row]:
     if spec.dataset is not None:
         yield from _dataset_rows(spec, spec.dataset)
         return

@@ -4,17 +4,21 @@ Formula as in the LM evaluation harness (Gao and others, 2021, doi:10.5281/zenod
 ``acc_norm`` where we count UTF-8 bytes. Nothing is generated. The head is computed only where a choice's token is
 predicted, which for short choices after long prompts is a small part of the positions.
 
-Dims: ``rows`` rows; ``endings`` most choices that share a row; ``tokens`` predicted tokens.
+``acc_perplexity``, where it is asked for, picks the choice whose text (prompt and choice as one) has the lowest
+perplexity per token, as the Mini-GPTs paper scored multiple choice (Valicenti and others, 2023, arXiv:2312.12682).
+
+Dims: ``rows`` rows; ``endings`` most choices that share a row; ``tokens`` predicted tokens; ``batch`` blocks; ``seq``
+tokens of a block.
 """
 
 from __future__ import annotations
 
-import math
+from collections import Counter
 from collections.abc import Sequence
 from typing import Any
 
 import torch
-from jaxtyping import Float, Int64
+from jaxtyping import Bool, Float, Int64
 from torch import Tensor
 
 from secateur.evaluate.perplexity import log_totals, score_losses
@@ -22,8 +26,8 @@ from secateur.families.schema import Family
 from secateur.progress import Progress, silent
 from secateur.records.blocks import BlockBatch
 from secateur.records.choice_blocks import ChoiceBlocks
-from secateur.records.choices import ChoicesScore
-from secateur.stream.forward import model_inputs
+from secateur.records.choices import ChoicesScore, mean_estimate
+from secateur.stream.forward import blocked_where, model_inputs
 
 
 def evaluate_choices(
@@ -54,14 +58,23 @@ def evaluate_choices(
         scores = _scores_before_predicted(model, batch, family)
         totals = log_totals(scores)
         targets = _targets(batch, blocks.last_ids).to(scores.device)
-        return list(totals - scores.gather(1, targets).T.to(totals.dtype))
+        nll = totals - scores.gather(1, targets).T.to(totals.dtype)
+        if not blocks.scores_whole:
+            return list(nll)
+        return [*(nll * _is_choice(batch, blocks.choice_starts).to(nll.device)), *nll]
 
     found = score_losses(losses, blocks, batch_size=batch_size, num_excluded=0, progress=progress, label=label)
     nll = [score.document_nll for score in found]
+    counts, num_endings = found[0].document_tokens, blocks.last_ids.shape[1]
     return score_answers(
         [[-nll[ending][row] for row, ending in places] for places in blocks.places],
         blocks.answers,
         blocks.choice_bytes,
+        whole_nll=[[nll[num_endings + ending][row] / counts[row] for row, ending in places] for places in blocks.places]
+        if blocks.scores_whole
+        else None,
+        overlaps=blocks.overlaps,
+        subjects=blocks.subjects,
         num_truncated=blocks.num_truncated,
         fingerprint=blocks.fingerprint,
         tokens_per_s=found[0].tokens_per_s,
@@ -73,6 +86,9 @@ def score_answers(
     answers: Sequence[int],
     choice_bytes: Sequence[Sequence[int]],
     *,
+    overlaps: Sequence[float],
+    whole_nll: Sequence[Sequence[float]] | None = None,
+    subjects: Sequence[str] = (),
     num_truncated: int,
     fingerprint: str,
     tokens_per_s: float,
@@ -83,6 +99,10 @@ def score_answers(
         log_likelihoods: for each question, of each choice, summed over its tokens, in nats.
         answers: for each question, which choice is right.
         choice_bytes: for each question, the UTF-8 bytes of each choice.
+        overlaps: for each question, how likely whoever goes by common words is right.
+        whole_nll: for each question and choice, the mean negative log-likelihood of a token of prompt and choice; None
+            where that was not asked for.
+        subjects: for each question, its subject; empty where there are none.
         num_truncated: questions whose prompt was cut.
         fingerprint: identifies the questions.
         tokens_per_s: speed of the measurement.
@@ -94,9 +114,16 @@ def score_answers(
     correct = tuple(_first_highest(v) == answer for v, answer in zip(log_likelihoods, answers, strict=True))
     correct_norm = tuple(_first_highest(v) == answer for v, answer in zip(per_byte, answers, strict=True))
     margins = tuple(_margin(v, answer) for v, answer in zip(log_likelihoods, answers, strict=True))
-    acc, acc_stderr = _mean(correct)
-    acc_norm, acc_norm_stderr = _mean(correct_norm)
-    margin, margin_stderr = _mean(margins)
+    acc, acc_stderr = mean_estimate(correct)
+    acc_norm, acc_norm_stderr = mean_estimate(correct_norm)
+    margin, margin_stderr = mean_estimate(margins)
+    overlap, overlap_stderr = mean_estimate(overlaps)
+    chances = tuple(1 / len(values) for values in log_likelihoods)
+    correct_perplexity = tuple(
+        _first_highest([-value for value in values]) == answer
+        for values, answer in zip(whole_nll or (), answers if whole_nll else (), strict=True)
+    )
+    acc_perplexity, acc_perplexity_stderr = mean_estimate(correct_perplexity) if whole_nll else (None, None)
     return ChoicesScore(
         acc=acc,
         acc_stderr=acc_stderr,
@@ -104,7 +131,10 @@ def score_answers(
         acc_norm_stderr=acc_norm_stderr,
         margin=margin,
         margin_stderr=margin_stderr,
-        chance=math.fsum(1 / len(values) for values in log_likelihoods) / len(answers),
+        chance=mean_estimate(chances)[0],
+        majority=max(Counter(answers).values()) / len(answers),
+        overlap=overlap,
+        overlap_stderr=overlap_stderr,
         num_items=len(answers),
         num_truncated=num_truncated,
         fingerprint=fingerprint,
@@ -112,6 +142,11 @@ def score_answers(
         item_correct=correct,
         item_correct_norm=correct_norm,
         item_margin=margins,
+        item_chance=chances,
+        acc_perplexity=acc_perplexity,
+        acc_perplexity_stderr=acc_perplexity_stderr,
+        item_correct_perplexity=correct_perplexity,
+        item_subject=tuple(subjects),
     )
 
 
@@ -120,8 +155,35 @@ def _scores_before_predicted(model: Any, batch: BlockBatch, family: Family) -> F
     before = batch.predicted.roll(-1, dims=1)  # a row's first token is never predicted
     columns = before.any(0).nonzero()[:, 0]
     inputs = model_inputs(batch, family, model)
+    if _has_branches(batch):
+        weight = next(model.parameters())
+        inputs["attention_mask"] = blocked_where(~branch_mask(batch.position_ids, batch.document), weight)
     logits: Tensor = model(**inputs, logits_to_keep=columns.to(inputs["input_ids"].device)).logits
     return logits[before[:, columns].to(logits.device)]
+
+
+def branch_mask(
+    position_ids: Int64[Tensor, "batch seq"], document: Int64[Tensor, "batch seq"]
+) -> Bool[Tensor, "batch 1 seq seq"]:
+    """Return which key each query may read: earlier tokens of its own row and of the trunk that this is a branch of."""
+    starts = position_ids == 0
+    changes = torch.ones_like(starts)
+    changes[:, 1:] = document[:, 1:] != document[:, :-1]
+    row = (changes | starts).cumsum(-1)
+    trunk = torch.where(starts, row, 0).cummax(-1).values
+    allowed = (row[:, :, None] == row[:, None, :]) | (trunk[:, :, None] == row[:, None, :])
+    return (allowed & torch.ones(allowed.shape[-2:], dtype=torch.bool, device=allowed.device).tril())[:, None]
+
+
+def _has_branches(batch: BlockBatch) -> bool:
+    """Return whether a document begins at a position above 0."""
+    begins = batch.document[:, 1:] != batch.document[:, :-1]
+    return bool((begins & (batch.position_ids[:, 1:] > 0)).any())
+
+
+def _is_choice(batch: BlockBatch, choice_starts: Int64[Tensor, " rows"]) -> Bool[Tensor, " tokens"]:
+    """Return which predicted tokens belong to a choice."""
+    return batch.position_ids[batch.predicted] >= choice_starts[batch.document[batch.predicted]]
 
 
 def _targets(batch: BlockBatch, last_ids: Int64[Tensor, "rows endings"]) -> Int64[Tensor, "tokens endings"]:
@@ -140,12 +202,3 @@ def _first_highest(values: Sequence[float]) -> int:
 
 def _margin(values: Sequence[float], answer: int) -> float:
     return values[answer] - max(value for place, value in enumerate(values) if place != answer)
-
-
-def _mean(values: Sequence[bool] | Sequence[float]) -> tuple[float, float]:
-    """Return the mean of independent values and its standard error, which of a single value is infinite."""
-    n = len(values)
-    mean = math.fsum(values) / n
-    if n < 2:
-        return mean, math.inf
-    return mean, math.sqrt(math.fsum((value - mean) ** 2 for value in values) / (n * (n - 1)))

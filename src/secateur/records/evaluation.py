@@ -7,9 +7,9 @@ from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass, field
 from typing import Any
 
-from secateur.records.choices import ChoicesScore
+from secateur.records.choices import ChoicesScore, Measure
 
-SCHEMA_VERSION = 3
+SCHEMA_VERSION = 4
 
 
 @dataclass(frozen=True, slots=True)
@@ -81,6 +81,9 @@ class ModelScore:
 CONFIDENCE_95 = 1.645
 """Standard errors above a mean that a normal variable exceeds once in twenty times."""
 
+TWO_SIDED_95 = 1.96
+"""Standard errors on either side of a mean that hold a normal variable nineteen times out of twenty."""
+
 
 @dataclass(frozen=True, slots=True)
 class PairedDifference:
@@ -88,6 +91,25 @@ class PairedDifference:
 
     mean: float
     stderr: float
+
+
+@dataclass(frozen=True, slots=True)
+class McNemar:
+    """Exact McNemar test of two models on the same questions.
+
+    Source: Q. McNemar, "Note on the sampling error of the difference between correlated proportions or percentages",
+    Psychometrika 12, 1947; the exact form is a sign test on the questions that only one of the two answers right.
+
+    Attributes:
+        only_first: questions that only the first model answers right.
+        only_second: those that only the second one does.
+        p_value: chance, if both are equally good, of a split of these questions that is at least as uneven, to either
+            side; 1 where there are none.
+    """
+
+    only_first: int
+    only_second: int
+    p_value: float
 
 
 @dataclass(frozen=True, slots=True)
@@ -154,6 +176,7 @@ class Evaluation:
                 data["models"][name]["text"][bucket].update(
                     perplexity=score.perplexity, perplexity_stderr=score.perplexity_stderr
                 )
+            data["models"][name]["choices"] = {asked: score.to_dict() for asked, score in model.choices.items()}
         return data
 
     @classmethod
@@ -240,8 +263,40 @@ def paired_accuracy(first: ChoicesScore, second: ChoicesScore, *, norm: bool = F
     Raises:
         ValueError: the scores come from different questions.
     """
-    name = "item_correct_norm" if norm else "item_correct"
-    return _paired_items(first, second, getattr(first, name), getattr(second, name))
+    return paired_answers(first, second, "acc_norm" if norm else "acc")
+
+
+def paired_answers(first: ChoicesScore, second: ChoicesScore, measure: Measure) -> PairedDifference:
+    """Return ``paired_accuracy`` of any measure.
+
+    Raises:
+        ValueError: the scores come from different questions.
+    """
+    return _paired_items(first, second, first.correct(measure), second.correct(measure))
+
+
+def mcnemar(first: ChoicesScore, second: ChoicesScore, measure: Measure = "acc") -> McNemar:
+    """Return the exact test of whether two models answer the same questions equally well.
+
+    Raises:
+        ValueError: the scores come from different questions.
+    """
+    left, right = first.correct(measure), second.correct(measure)
+    _require_same_questions(first, second, left, right)
+    only_first = sum(a and not b for a, b in zip(left, right, strict=True))
+    only_second = sum(b and not a for a, b in zip(left, right, strict=True))
+    return McNemar(only_first, only_second, sign_test(only_first, only_second))
+
+
+def sign_test(num_first: int, num_second: int) -> float:
+    """Return the two-sided p-value of such a split of independent cases that fall to either side with equal chance."""
+    total, fewer = num_first + num_second, min(num_first, num_second)
+    tail = term = 1
+    for place in range(fewer):
+        term = term * (total - place) // (place + 1)
+        tail += term
+    outcomes: int = 2**total
+    return min(1.0, 2 * tail / outcomes)
 
 
 def paired_margin(first: ChoicesScore, second: ChoicesScore) -> PairedDifference:
@@ -259,9 +314,15 @@ def _paired_items(
     left: Sequence[bool] | Sequence[float],
     right: Sequence[bool] | Sequence[float],
 ) -> PairedDifference:
+    _require_same_questions(first, second, left, right)
+    return _paired([float(a) - float(b) for a, b in zip(left, right, strict=True)], [1] * len(left))
+
+
+def _require_same_questions(
+    first: ChoicesScore, second: ChoicesScore, left: Sequence[Any], right: Sequence[Any]
+) -> None:
     if first.fingerprint != second.fingerprint or len(left) != len(right):
         raise ValueError("paired comparison needs the same questions for both models")
-    return _paired([float(a) - float(b) for a, b in zip(left, right, strict=True)], [1] * len(left))
 
 
 def _nll_differences(first: TextScore, second: TextScore) -> list[float]:

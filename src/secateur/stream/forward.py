@@ -40,10 +40,14 @@ def packed_inputs(
         "use_cache": False,
     }
     if family.packing == "mask":
-        allowed = piece_mask(inputs["position_ids"])
-        blocked = torch.zeros(allowed.shape, dtype=weight.dtype, device=weight.device)
-        inputs["attention_mask"] = blocked.masked_fill_(~allowed, torch.finfo(weight.dtype).min)
+        inputs["attention_mask"] = blocked_where(~piece_mask(inputs["position_ids"]), weight)
     return inputs
+
+
+def blocked_where(blocked: Bool[Tensor, "batch 1 seq seq"], weight: Tensor) -> Float[Tensor, "batch 1 seq seq"]:
+    """Return a mask that is added to attention scores: 0, and the lowest number where ``blocked``."""
+    mask = torch.zeros(blocked.shape, dtype=weight.dtype, device=weight.device)
+    return mask.masked_fill_(blocked.to(weight.device), torch.finfo(weight.dtype).min)
 
 
 def piece_mask(position_ids: Int64[Tensor, "batch seq"]) -> Bool[Tensor, "batch 1 seq seq"]:

@@ -8,6 +8,7 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
 from tokenizers import Tokenizer, models
@@ -49,8 +50,19 @@ def refusal(path: Path, *rows: object, **options: Any) -> str:
 
 
 def all_pieces(blocks: PackedChoices) -> dict[int, Piece]:
-    """Return the piece of each row."""
-    return {piece.document: piece for block in blocks.blocks for piece in block}
+    """Return the piece of each row, those of branches with their trunk's tokens before them again."""
+    found = {}
+    for block in blocks.blocks:
+        for place, piece in enumerate(block):
+            if piece.first_position:
+                trunk = next(other for other in block[place::-1] if other.first_position == 0)
+                assert len(trunk.ids) == piece.first_position
+                ids = np.concatenate([trunk.ids, piece.ids])
+                context = len(trunk.ids) + piece.num_context
+                piece = replace(piece, ids=ids, num_prefix=trunk.num_prefix, num_context=context)
+            if piece.document < len(blocks.last_ids):
+                found[piece.document] = piece
+    return found
 
 
 # -- reading -------------------------------------------------------------------------------------------------------
@@ -133,7 +145,7 @@ def test_numbers_among_the_choices_do_not_confuse_numbers_as_indices(tmp_path: P
         ({"answer": "D"}, "answer 'D' in field 'answer' is none"),
         ({"answer": None}, "answer None in field 'answer' is none"),
         ({"answer": 0.5}, "answer 0.5 in field 'answer' is none"),
-        ({"answer": "rest", "choices": ["rest", "rest"]}, "nor the text of exactly one"),
+        ({"choices": ["rest", "sleep", " rest"]}, "choices 0 and 2 in field 'choices' are the same, 'rest'. Correct"),
         ({"choices": ["rest"]}, "has 1 choices in field 'choices'. A question needs at least two"),
         ({"choices": []}, "has 0 choices"),
         ({"choices": ["a", " "]}, "choice 1 in field 'choices' is blank"),
@@ -196,6 +208,52 @@ def test_a_sample_is_fixed_and_grows(tmp_path: Path) -> None:
     assert refusal(tmp_path, *rows, {**ROW, "answer": 9}, max_items=1)
 
 
+def test_subjects_are_read_along(tmp_path: Path) -> None:
+    """From any field, also an inner one; blank ones are said to be none; a missing field or a list is refused."""
+    rows = [{**ROW, "meta": {"area": area}} for area in ("law ", None, 7)]
+    assert [item.subject for item in read(tmp_path, *rows, subject="meta.area")] == ["law", "(none)", "7"]
+    assert [item.subject for item in read(tmp_path, ROW)] == [""]
+    assert "has no field 'area'" in refusal(tmp_path, ROW, subject="area")
+    assert "line 1: field 'area' is a list, not the name" in refusal(tmp_path, {**ROW, "area": ["x"]}, subject="area")
+    blocks = pack_choices(read(tmp_path, *rows, subject="meta.area"), build_tokenizer(bos=True), block_size=64)
+    assert blocks.subjects == ("law", "(none)", "7")
+    assert pack_choices(read(tmp_path, ROW), build_tokenizer(bos=True), block_size=64).subjects == ()
+
+
+def test_a_context_may_be_blank_but_not_missing(tmp_path: Path) -> None:
+    """As in every template over fields: null is blank, and a record without the field is refused."""
+    prompt = "{context}\nQuestion: {question}\nAnswer:"
+    rows = [{**ROW, "context": context} for context in ("Aspirin was given.", None, "")]
+    prompts = [item.prompt for item in read(tmp_path, *rows, prompt=prompt)]
+    assert prompts[0] == "Aspirin was given.\nQuestion: What helps?\nAnswer:"
+    assert prompts[1] == prompts[2] == "\nQuestion: What helps?\nAnswer:"
+    message = refusal(tmp_path, rows[0], ROW, prompt=prompt)
+    assert "line 2 has no field 'context'" in message
+    assert "Correct evaluate.choices.quiz.prompt:." in message
+
+
+def test_words_in_common_are_those_of_question_and_context(tmp_path: Path) -> None:
+    """Neither the prompt's own words nor the list of choices count, in either style."""
+    row = {**ROW, "question": "Which word?", "choices": ["answer", "question", "aspirin"], "context": "Aspirin, then."}
+    prompt = "{context} Question: {question} {choices} Answer:"
+    for style in ("text", "letter"):
+        assert read(tmp_path, row, style=style)[0].overlap == pytest.approx(1 / 3)
+        assert read(tmp_path, row, prompt=prompt, style=style)[0].overlap == 1.0
+    blocks = pack_choices(ITEMS, build_tokenizer(bos=True), block_size=64)
+    assert list(blocks.overlaps) == pytest.approx([1 / 3, 0.5, 0.5])
+
+
+def test_bad_rows_of_a_csv_file_are_named(tmp_path: Path) -> None:
+    """By file and row, as those of other formats."""
+    path = tmp_path / "q.csv"
+    path.write_text("question,a,b,answer\nWhat?,rest,rain,A\nAnd?,rest,rest,B\n")
+    spec = ChoicesSpec(path=str(path), choices=["a", "b"])
+    with pytest.raises(
+        CorpusError, match=r"q\.csv, row 2 \(line 3\): choices 0 and 1 in fields a, b are the same, 'rest'"
+    ):
+        read_choices(spec)
+
+
 # -- tokenizing ----------------------------------------------------------------------------------------------------
 
 
@@ -211,7 +269,7 @@ def test_rows_are_prompt_and_choice_as_one_text(kind: str) -> None:
     blocks = pack_choices(ITEMS, tokenizer, block_size=8)
     assert isinstance(blocks, ChoiceBlocks)
     pieces = all_pieces(blocks)
-    assert sorted(pieces) == list(range(len(blocks.documents)))
+    assert sorted(pieces) == list(range(len(blocks.last_ids))) == list(range(len(blocks.choice_starts)))
     for item, places in zip(ITEMS, blocks.places, strict=True):
         for choice, (row, ending) in zip(item.choices, places, strict=True):
             prompt = item.prompt.rstrip()
@@ -222,11 +280,12 @@ def test_rows_are_prompt_and_choice_as_one_text(kind: str) -> None:
             assert ids == whole
             assert whole[: len(before)] == before
             assert (pieces[row].num_prefix, pieces[row].num_context) == (len(prefix), len(before))
+            assert blocks.choice_starts[row] == len(before)
 
 
 def test_only_choices_are_predicted(plain_tokenizer: PreTrainedTokenizerFast) -> None:
     """In the batches that a model gets, each row is a document and its choice is what counts."""
-    blocks = pack_choices(ITEMS, plain_tokenizer, block_size=64)
+    blocks = pack_choices(ITEMS, plain_tokenizer, block_size=64, shares_prompts=False)
     assert blocks.num_blocks < len(blocks.documents)
     (batch,) = blocks.batches(blocks.num_blocks)
     for row, piece in all_pieces(blocks).items():
@@ -236,6 +295,27 @@ def test_only_choices_are_predicted(plain_tokenizer: PreTrainedTokenizerFast) ->
         assert predicted == [False] * piece.num_context + [True] * (len(piece.ids) - piece.num_context)
     assert blocks.num_tokens == int(batch.valid.sum())
     assert batch.input_ids.shape[1] == blocks.block_size
+
+
+def test_a_prompt_is_shared_where_that_is_less_to_read(plain_tokenizer: PreTrainedTokenizerFast) -> None:
+    """Not for a single row, nor beyond a layer's window or the block, nor where prompts are scored themselves."""
+    alone = pack_choices(ITEMS, plain_tokenizer, block_size=64, shares_prompts=False)
+    shared = pack_choices(ITEMS, plain_tokenizer, block_size=64)
+    assert shared.num_tokens < alone.num_tokens == sum(len(piece.ids) for piece in all_pieces(alone).values())
+    num_rows = len(alone.documents)
+    assert (len(shared.documents), len(shared.last_ids)) == (num_rows + 2, num_rows)
+    assert shared.documents[:num_rows].tolist() == alone.documents.tolist()
+    for row, piece in all_pieces(alone).items():
+        again = all_pieces(shared)[row]
+        assert (again.ids.tolist(), again.num_context) == (piece.ids.tolist(), piece.num_context)
+    longest = max(len(piece.ids) for piece in all_pieces(alone).values())
+    limits: list[dict[str, Any]] = [{"window": 1}, {"scores_whole": True}, {"max_length": longest}]
+    for options in limits:
+        blocks = pack_choices(ITEMS[:1], plain_tokenizer, **{"block_size": 64, **options})
+        assert len(blocks.documents) == len(blocks.last_ids)
+    assert pack_choices(ITEMS, plain_tokenizer, block_size=64, window=longest).num_tokens == shared.num_tokens
+    (whole,) = pack_choices(ITEMS[1:2], plain_tokenizer, block_size=64, scores_whole=True).batches(9)
+    assert int(whole.predicted.sum()) == whole.num_tokens - 1
 
 
 def test_choices_of_one_token_share_a_row(bos_tokenizer: PreTrainedTokenizerFast) -> None:

@@ -13,6 +13,7 @@ import pytest
 
 from secateur.corpus import check_prompts, load_prompts
 from secateur.corpus.packing import load_split
+from secateur.corpus.prompts import document_starts
 from secateur.corpus.readers import read_documents, read_prompts
 from secateur.corpus.split import SPLITS, document_hash
 from secateur.errors import CorpusError
@@ -124,3 +125,39 @@ def any_prompt(spec: CorpusSpec, split: Any) -> bool:
     except CorpusError as error:
         assert "1 documents gave 0 for split" in str(error)
         return False
+
+
+def test_document_starts_are_the_first_tokens_of_the_first_documents(plain_tokenizer: Any) -> None:
+    """So many tokens but at most half of a document, in the order of hashes, also of documents in several pieces."""
+    texts = [" ".join(f"w{n}x{place}" for place in range(n)) for n in range(2, 60)]
+    blocks = load_split(texts, "calibration", plain_tokenizer, block_size=512, max_tokens=None)
+    by_hash = {document_hash(text): text for text in texts}
+    starts = document_starts(blocks, plain_tokenizer, num_documents=20, num_tokens=8)
+    wholes = [by_hash[digest] for digest in blocks.documents.tolist()]
+    assert len(starts) == 20
+    for start, whole in zip(starts, wholes, strict=False):
+        assert whole.startswith(start)
+        assert len(start) <= len(whole) / 2 + 4
+    pieces = load_split(texts, "calibration", plain_tokenizer, block_size=16, max_tokens=None)
+    assert document_starts(pieces, plain_tokenizer, num_documents=20, num_tokens=4) == document_starts(
+        blocks, plain_tokenizer, num_documents=20, num_tokens=4
+    )
+
+
+def test_document_starts_are_all_there_are_and_each_once(plain_tokenizer: Any) -> None:
+    """Documents that begin alike give one prompt."""
+    texts = [f"one and the same beginning {n}" for n in range(30)]
+    blocks = load_split(texts, "calibration", plain_tokenizer, block_size=8, max_tokens=None)
+    assert len(document_starts(blocks, plain_tokenizer, num_documents=9, num_tokens=2)) == 1
+
+
+def test_another_key_is_named_in_messages(tmp_path: Path) -> None:
+    spec, key = write(tmp_path, ".jsonl"), "evaluate.generations.prompt"
+    with pytest.raises(CorpusError, match=r"no field 'questoin'.*evaluate.generations.prompt:"):
+        load_prompts(spec, "{questoin}", "test", key=key)
+    plain = tmp_path / "a.txt"
+    plain.write_text("Some text.")
+    with pytest.raises(
+        CorpusError, match=r"has no fields, and evaluate.generations.prompt: .*leave evaluate.generations"
+    ):
+        check_prompts(CorpusSpec(path=str(plain)), "{question}", key)

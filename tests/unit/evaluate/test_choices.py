@@ -19,7 +19,7 @@ from transformers import PreTrainedTokenizerFast
 from secateur.corpus.choices import ChoiceItem, PackedChoices, pack_choices
 from secateur.errors import CheckpointError
 from secateur.evaluate import evaluate_choices
-from secateur.evaluate.choices import score_answers
+from secateur.evaluate.choices import branch_mask, score_answers
 from secateur.families.loader import families
 from secateur.families.schema import Family
 from secateur.records.choices import ChoicesScore
@@ -29,6 +29,7 @@ from tests.unit.corpus.conftest import build_tokenizer
 
 WORDS = "the patient was given ten milligrams of a drug every morning café".split()
 LLAMA = families()["llama"]
+PLAIN: dict[str, Any] = {"num_truncated": 0, "fingerprint": "f", "tokens_per_s": 1.0}
 
 
 def made_up_items(num_items: int = 9, seed: int = 0) -> list[ChoiceItem]:
@@ -43,12 +44,17 @@ def made_up_items(num_items: int = 9, seed: int = 0) -> list[ChoiceItem]:
     return items
 
 
+def whole_text(item: ChoiceItem, choice: str) -> str:
+    """Return prompt and choice as one text."""
+    prompt = item.prompt.rstrip()
+    return prompt + (item.prompt[len(prompt) :] or " ") + choice
+
+
 def lone_log_likelihood(model: Any, tokenizer: Any, item: ChoiceItem, choice: str) -> float:
     """Return the summed log-likelihood of one choice, from one unpacked row, in float64."""
     prompt = item.prompt.rstrip()
-    space = item.prompt[len(prompt) :] or " "
     prefix = [tokenizer.bos_token_id] if tokenizer.encode("a")[0] == tokenizer.bos_token_id else []
-    whole = prefix + tokenizer.encode(prompt + space + choice, add_special_tokens=False)
+    whole = prefix + tokenizer.encode(whole_text(item, choice), add_special_tokens=False)
     start = len(prefix) + len(tokenizer.encode(prompt, add_special_tokens=False))
     with torch.inference_mode():
         logits = model(torch.tensor([whole])).logits[0].double()
@@ -68,7 +74,7 @@ def check_against_loop(score: ChoicesScore, log_likelihoods: list[list[float]], 
     assert score.item_correct_norm == tuple(right_norm)
     assert score.item_margin == pytest.approx(margins, rel=rel, abs=rel)
     n = len(items)
-    assert (score.acc, score.acc_norm) == (pytest.approx(np.mean(right)), pytest.approx(np.mean(right_norm)))
+    assert [score.acc, score.acc_norm] == pytest.approx([np.mean(right), np.mean(right_norm)])
     assert score.acc_stderr == pytest.approx(math.sqrt(score.acc * (1 - score.acc) / (n - 1)))
     assert score.acc_norm_stderr == pytest.approx(math.sqrt(score.acc_norm * (1 - score.acc_norm) / (n - 1)))
     assert score.margin == pytest.approx(np.mean(margins), rel=rel, abs=rel)
@@ -79,14 +85,15 @@ def check_against_loop(score: ChoicesScore, log_likelihoods: list[list[float]], 
 
 @pytest.mark.parametrize("bos", [False, True])
 def test_answers_equal_a_loop_over_single_rows(family: Family, bos: bool) -> None:
-    """In every family: packing, shared rows, padding and the head on some positions only change nothing.
+    """In every family: packing, shared rows and prompts, padding and the head on some positions only change nothing.
 
     Models compute in float64, but for Gemma's norms.
     """
     tokenizer, items = build_tokenizer(bos=bos), made_up_items()
     model = pico_model(family, vocab_size=len(tokenizer))
     blocks = pack_choices(items, tokenizer, block_size=48, max_length=64)
-    assert blocks.num_blocks < len(blocks.documents) < sum(len(item.choices) for item in items)
+    assert blocks.num_blocks < len(blocks.last_ids) < sum(len(item.choices) for item in items)
+    assert num_trunks(blocks) > 3
     score = evaluate_choices(model, blocks, family, batch_size=2)
     expected = [[lone_log_likelihood(model, tokenizer, item, choice) for choice in item.choices] for item in items]
     check_against_loop(score, expected, items, rel=1e-5 if "gemma" in family.name else 1e-9)
@@ -107,17 +114,35 @@ def test_every_kind_of_tokenizer_is_scored_alike(kind: str) -> None:
 
 
 @cache
-def packed(seed: int = 0, block_size: int = 48) -> PackedChoices:
+def packed(block_size: int = 48, *, shares_prompts: bool = True, scores_whole: bool = False) -> PackedChoices:
     """Return made-up questions, packed."""
-    return pack_choices(made_up_items(seed=seed), build_tokenizer(bos=True), block_size=block_size)
+    return pack_choices(
+        made_up_items(),
+        build_tokenizer(bos=True),
+        block_size=block_size,
+        shares_prompts=shares_prompts,
+        scores_whole=scores_whole,
+    )
+
+
+def num_trunks(blocks: PackedChoices) -> int:
+    """Return how many prompts are shared."""
+    return len(blocks.documents) - len(blocks.last_ids)
 
 
 def test_neither_batch_nor_block_size_changes_anything() -> None:
-    """One block at a time or all at once, wide blocks or narrow ones: the same to float64 rounding."""
+    """One block at a time or all at once, wide blocks or narrow ones, prompts shared or not: the same to rounding."""
     model = pico_model(LLAMA, vocab_size=len(build_tokenizer(bos=True)))
     first, *others = (
-        evaluate_choices(model, packed(block_size=width), LLAMA, batch_size=size)
-        for width, size in [(48, 1), (48, 2), (48, 100), (16, 3), (4096, 1)]
+        evaluate_choices(model, packed(width, shares_prompts=shares), LLAMA, batch_size=size)
+        for width, size, shares in [
+            (48, 1, True),
+            (48, 2, False),
+            (48, 100, True),
+            (16, 3, True),
+            (4096, 1, True),
+            (64, 5, False),
+        ]
     )
     for other in others:
         assert other.item_margin == pytest.approx(first.item_margin, rel=1e-12)
@@ -147,7 +172,7 @@ class Planted(nn.Module):
 
 def planted(chosen: Callable[[ChoiceItem], int]) -> Planted:
     """Return a model that knows one choice of each made-up question."""
-    blocks, tokenizer = packed(), build_tokenizer(bos=True)
+    blocks, tokenizer = packed(shares_prompts=False), build_tokenizer(bos=True)
     pieces = {piece.document: piece for block in blocks.blocks for piece in block}
     texts = []
     for item, places in zip(made_up_items(), blocks.places, strict=True):
@@ -158,10 +183,11 @@ def planted(chosen: Callable[[ChoiceItem], int]) -> Planted:
 
 def test_a_model_that_knows_the_answers_is_right() -> None:
     """And one that knows the wrong ones is never."""
-    score = evaluate_choices(planted(lambda item: item.answer), packed(), LLAMA)
+    blocks = packed(shares_prompts=False)
+    score = evaluate_choices(planted(lambda item: item.answer), blocks, LLAMA)
     assert (score.acc, score.acc_stderr, score.acc_norm) == (1.0, 0.0, 1.0)
     assert min(score.item_margin) > 1
-    score = evaluate_choices(planted(lambda item: (item.answer + 1) % len(item.choices)), packed(), LLAMA)
+    score = evaluate_choices(planted(lambda item: (item.answer + 1) % len(item.choices)), blocks, LLAMA)
     assert score.acc == 0.0
     assert max(score.item_margin) < -1
 
@@ -190,8 +216,7 @@ def test_lengths_count_in_bytes_and_only_for_acc_norm() -> None:
     """A long choice may win per byte what it loses in all; a character of three bytes counts three."""
 
     def score(values: list[float], sizes: list[int], answer: int) -> ChoicesScore:
-        options: dict[str, Any] = {"num_truncated": 0, "fingerprint": "f", "tokens_per_s": 1.0}
-        return score_answers([values, values], [answer, answer], [sizes, sizes], **options)
+        return score_answers([values, values], [answer, answer], [sizes, sizes], overlaps=[0.0, 0.5], **PLAIN)
 
     long_wins = score([-4.0, -6.0], [3, 6], 1)
     assert (long_wins.acc, long_wins.acc_norm, long_wins.margin) == (0.0, 1.0, -2.0)
@@ -203,7 +228,7 @@ def test_lengths_count_in_bytes_and_only_for_acc_norm() -> None:
 
 def test_one_question_has_no_error() -> None:
     """A single answer says nothing about its spread."""
-    score = score_answers([[-1.0, -2.0]], [0], [[1, 1]], num_truncated=0, fingerprint="f", tokens_per_s=1.0)
+    score = score_answers([[-1.0, -2.0]], [0], [[1, 1]], overlaps=[1.0], **PLAIN)
     assert (score.acc, score.acc_stderr, score.margin, score.margin_stderr) == (1.0, math.inf, 1.0, math.inf)
 
 
@@ -220,7 +245,7 @@ def test_a_cut_prompt_is_what_the_model_reads() -> None:
     """With a limit, a row is scored as the rest of it alone."""
     tokenizer = build_tokenizer(bos=True)
     item = ChoiceItem("Every morning the patient was given ten of a", ("drug", "café every"), 1)
-    blocks = pack_choices([item, item], tokenizer, block_size=64, max_length=12)
+    blocks = pack_choices([item, item], tokenizer, block_size=64, max_length=12, shares_prompts=False)
     model = pico_model(LLAMA, vocab_size=len(tokenizer))
     score = evaluate_choices(model, blocks, LLAMA)
     assert score.num_truncated == 2
@@ -233,3 +258,54 @@ def test_a_cut_prompt_is_what_the_model_reads() -> None:
         places = range(piece.num_context, len(piece.ids))
         values.append(sum(float(steps[place - 1, int(piece.ids[place])]) for place in places))
     assert score.margin == pytest.approx(values[1] - values[0], rel=1e-9)
+
+
+def test_a_branch_reads_its_trunk_and_itself() -> None:
+    """The mask of a trunk with two branches, a lone row and padding, written out token by token."""
+    position_ids = torch.tensor([[0, 1, 2, 2, 3, 2, 3, 4, 0, 1, 0]])
+    document = torch.tensor([[9, 9, 9, 0, 0, 1, 1, 1, 2, 2, -1]])
+    owners = {0: {9, 0}, 1: {9, 1}, 9: {9}, 2: {2}, -1: {-1}}
+    mask = branch_mask(position_ids, document)[0, 0]
+    for query, key in itertools.product(range(11), range(11)):
+        expected = key <= query and int(document[0, key]) in owners[int(document[0, query])]
+        assert bool(mask[query, key]) == expected, (query, key)
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_the_papers_scoring_picks_the_text_of_lowest_perplexity(kind: str) -> None:
+    """Prompt and choice as one text, per token; equal to a loop over single rows, and the other measures stay."""
+    tokenizer = PreTrainedTokenizerFast(tokenizer_object=tiny_tokenizer(kind), bos_token="<s>")
+    items = made_up_items(12, seed=2)
+    model = pico_model(LLAMA, vocab_size=len(tokenizer))
+    plain = evaluate_choices(model, pack_choices(items, tokenizer, block_size=32), LLAMA)
+    blocks = pack_choices(items, tokenizer, block_size=32, scores_whole=True)
+    score = evaluate_choices(model, blocks, LLAMA, batch_size=3)
+    right = []
+    for item in items:
+        losses = []
+        for choice in item.choices:
+            ids = torch.tensor([tokenizer.encode(whole_text(item, choice))])
+            with torch.inference_mode():
+                losses.append(float(model(ids, labels=ids).loss))
+        right.append(int(np.argmin(losses)) == item.answer)
+    assert score.item_correct_perplexity == tuple(right)
+    assert score.acc_perplexity == pytest.approx(np.mean(right))
+    assert score.acc_perplexity_stderr == pytest.approx(np.std(right, ddof=1) / math.sqrt(12))
+    assert score.measures == ("acc", "acc_norm", "acc_perplexity")
+    assert score.item_margin == pytest.approx(plain.item_margin, rel=1e-9)
+    assert (plain.acc_perplexity, plain.item_correct_perplexity, plain.measures) == (None, (), ("acc", "acc_norm"))
+
+
+def test_what_needs_no_model_is_counted_from_the_questions() -> None:
+    """The most frequent position, a guess, and what common words find; subjects go along."""
+    values = [[-1.0, -2.0, -3.0], [-1.0, -2.0, -3.0], [-2.0, -1.0]]
+    sizes = [[1] * len(each) for each in values]
+    score = score_answers(values, [0, 2, 0], sizes, overlaps=[1.0, 0.0, 0.5], subjects=["law", "law", "art"], **PLAIN)
+    assert score.majority == score.to_beat == pytest.approx(2 / 3)
+    assert score.overlap == pytest.approx(0.5)
+    assert score.overlap_stderr == pytest.approx(np.std([1, 0, 0.5], ddof=1) / math.sqrt(3))
+    assert score.item_chance == pytest.approx((1 / 3, 1 / 3, 1 / 2))
+    assert list(score.subjects()) == ["art", "law"]
+    assert score.subjects()["law"].num_items == 2
+    assert score.subjects()["law"].acc == 0.5
+    assert score.subjects()["art"].acc_stderr == math.inf

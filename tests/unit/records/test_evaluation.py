@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import json
 import math
 from dataclasses import asdict, replace
@@ -10,18 +11,22 @@ from typing import Any
 import numpy as np
 import pytest
 
-from secateur.records.choices import ChoicesScore
+from secateur.records.choices import ChoicesScore, share_interval
 from secateur.records.evaluation import (
     Evaluation,
+    McNemar,
     ModelScore,
     SegmentationChange,
     TextScore,
     VocabularyEffect,
+    mcnemar,
     paired_accuracy,
+    paired_answers,
     paired_bits_per_byte,
     paired_difference,
     paired_margin,
     ratio_estimate,
+    sign_test,
 )
 
 
@@ -65,6 +70,9 @@ def choices_score(*correct: bool, **changes: Any) -> ChoicesScore:
         "margin": 0.5,
         "margin_stderr": math.inf,
         "chance": 0.25,
+        "majority": 0.25,
+        "overlap": 0.3,
+        "overlap_stderr": 0.1,
         "num_items": len(correct),
         "num_truncated": 1,
         "fingerprint": "questions",
@@ -72,6 +80,7 @@ def choices_score(*correct: bool, **changes: Any) -> ChoicesScore:
         "item_correct": correct,
         "item_correct_norm": correct[::-1],
         "item_margin": tuple(1.5 if right else -2.5 for right in correct),
+        "item_chance": (0.25,) * len(correct),
     }
     return ChoicesScore(**{**fields, **changes})
 
@@ -133,11 +142,11 @@ def test_the_vocabulary_stayed_whole_unless_it_is_said() -> None:
     assert record.to_dict()["vocabulary"] == {}
 
 
-@pytest.mark.parametrize("version", [None, 2, 4, "3"])
+@pytest.mark.parametrize("version", [None, 3, 5, "4"])
 def test_an_evaluation_of_another_version_is_not_read(version: object) -> None:
     """Fields may mean something else there; what reads the file says that it can be made again."""
     data = {**evaluation().to_dict(), "schema_version": version}
-    with pytest.raises(TypeError, match=r"schema version .*, and this secateur reads 3"):
+    with pytest.raises(TypeError, match=r"schema version .*, and this secateur reads 4"):
         Evaluation.from_dict(data)
 
 
@@ -299,3 +308,76 @@ def test_answers_to_other_questions_are_not_compared() -> None:
         for compare in (paired_accuracy, paired_margin):
             with pytest.raises(ValueError, match="same questions for both models"):
                 compare(choices_score(), other)
+
+
+@pytest.mark.parametrize(("first", "second"), [(0, 0), (0, 1), (1, 0), (2, 5), (5, 2), (4, 4), (0, 9), (6, 7)])
+def test_the_sign_test_equals_counting_all_outcomes(first: int, second: int) -> None:
+    """Of all ways in which the cases can fall, the share of splits that are at least as uneven."""
+    total = first + second
+    least = abs(first - second)
+    uneven = sum(abs(total - 2 * sum(falls)) >= least for falls in itertools.product((0, 1), repeat=total))
+    assert sign_test(first, second) == pytest.approx(uneven / 2**total, rel=1e-12)
+    assert sign_test(first, second) == sign_test(second, first)
+
+
+def test_the_sign_test_holds_for_many_cases() -> None:
+    """No overflow, and close to the normal law with continuity correction."""
+    z = (abs(5200 - 4800) - 1) / math.sqrt(10_000)
+    assert sign_test(5200, 4800) == pytest.approx(math.erfc(z / math.sqrt(2)), rel=0.02)
+    assert sign_test(20_000, 0) == 0.0
+
+
+def test_mcnemar_counts_questions_that_only_one_model_answers() -> None:
+    """Questions that both or neither answer do not count; a model beside itself has none."""
+    first, second = (
+        choices_score(True, True, True, False, True, False),
+        choices_score(False, False, True, False, False, True),
+    )
+    assert mcnemar(first, second) == McNemar(3, 1, sign_test(3, 1))
+    assert mcnemar(second, first) == McNemar(1, 3, sign_test(3, 1))
+    assert mcnemar(first, first) == McNemar(0, 0, 1.0)
+    assert mcnemar(first, second, "acc_norm") == McNemar(3, 1, sign_test(3, 1))
+    with pytest.raises(ValueError, match="same questions for both models"):
+        mcnemar(first, choices_score(fingerprint="others"))
+
+
+def test_measures_that_were_not_scored_are_not_compared() -> None:
+    """One model with the measure and one without are not the same questions."""
+    scored = choices_score(item_correct_perplexity=(True, False, True, True), acc_perplexity=0.75)
+    assert scored.measures == ("acc", "acc_norm", "acc_perplexity")
+    assert paired_answers(scored, scored, "acc_perplexity").mean == 0.0
+    with pytest.raises(ValueError, match="same questions"):
+        paired_answers(scored, choices_score(), "acc_perplexity")
+
+
+def test_subjects_are_written_for_readers_and_made_again() -> None:
+    """The file holds the shares by subject; the record makes them from its questions."""
+    score = choices_score(item_subject=("b", "a", "b", "b"))
+    models = {name: replace(model, choices={"quiz": score}) for name, model in evaluation().models.items()}
+    data = replace(evaluation(), models=models).to_dict()
+    written = data["models"]["dense"]["choices"]["quiz"]["subjects"]
+    assert list(written) == ["a", "b"]
+    assert written["b"]["acc"] == 1.0
+    assert written["b"]["num_items"] == 3
+    assert Evaluation.from_dict(json.loads(json.dumps(data))).models == models
+    assert asdict(score.subjects()["a"])["acc"] == 0.0
+
+
+@pytest.mark.parametrize(("right", "items"), [(0, 5), (5, 5), (3, 10), (260, 1000), (1, 1)])
+def test_an_interval_holds_what_the_score_test_does_not_reject(right: int, items: int) -> None:
+    """Its ends are where the observed share is 1.96 standard errors, taken at the end, away."""
+    share = right / items
+    for end in share_interval(right, items):
+        if 0 < end < 1:
+            assert abs(share - end) / math.sqrt(end * (1 - end) / items) == pytest.approx(1.959964, rel=1e-6)
+
+
+def test_a_signal_is_an_interval_above_what_needs_no_knowledge() -> None:
+    """The better of guessing and one answer always; below them is no signal either."""
+    right = tuple(i < 40 for i in range(100))
+    good = choices_score(*right)
+    assert good.interval()[0] == pytest.approx(0.309, abs=1e-3)
+    assert good.has_signal()
+    assert not replace(good, majority=0.31).has_signal()
+    assert not replace(good, chance=0.33).has_signal()
+    assert not choices_score(*(i < 5 for i in range(100))).has_signal()
