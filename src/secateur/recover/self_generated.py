@@ -19,21 +19,16 @@ from pathlib import Path
 from typing import IO, Any
 
 import torch
-from jaxtyping import Int64
-from torch import Tensor
 
 from secateur.errors import ConfigError, CorpusError
 from secateur.progress import Progress, silent
 from secateur.recipe import ResponsesSpec
 from secateur.records.responses import Response, Responses
 from secateur.store.artifacts import digest
-from secateur.store.tokenizers import encode
+from secateur.stream.answers import decode_answer, encode_prompt, end_ids, write_answers
 
 FORMAT_VERSION = 1
 """Of the file; another one makes an older file start again."""
-
-_PADDING_ID = 0
-"""Stands where attention does not look: any id will do, and this one every vocabulary has."""
 
 
 def generate_responses(
@@ -71,7 +66,7 @@ def generate_responses(
         CorpusError: no prompt is short enough, or the model answers nothing to any.
     """
     require_chat_template(tokenizer, spec)
-    asked = [_Asked(index, *_encoded(tokenizer, prompt, spec.chat)) for index, prompt in enumerate(prompts)]
+    asked = [_Asked(index, *encode_prompt(tokenizer, prompt, chat=spec.chat)) for index, prompt in enumerate(prompts)]
     fitting = [a for a in asked if a.ids and (max_prompt_tokens is None or len(a.ids) <= max_prompt_tokens)]
     if not fitting:
         shortest = min((len(a.ids) for a in asked), default=0)
@@ -84,7 +79,7 @@ def generate_responses(
         "key": digest(key, list(prompts), spec.model_dump(), seed, max_prompt_tokens),
     }
     found = {response.index: response for response in _resume(file, header)}
-    ends = _end_ids(model, tokenizer)
+    ends = end_ids(model, tokenizer)
     with progress("answer prompts", len(fitting), "prompts") as task, file.open("a", encoding="utf-8") as lines:
         task.advance(len(found))
         for first in range(0, len(fitting), spec.batch_size):
@@ -92,7 +87,14 @@ def generate_responses(
             missing = [a for a in batch if a.index not in found]
             if not missing:
                 continue
-            written = _generate(model, batch, spec, ends, seed=(seed + first) % 2**63)
+            with _drawing((seed + first) % 2**63, next(model.parameters()).device):
+                written = write_answers(
+                    model,
+                    [a.ids for a in batch],
+                    ends,
+                    max_new_tokens=spec.max_new_tokens,
+                    temperature=spec.temperature,
+                )
             for a, ids in zip(batch, written, strict=True):
                 if a.index not in found:
                     found[a.index] = response = _response(a, ids, ends, tokenizer)
@@ -131,86 +133,6 @@ class _Asked:
         self.num_prefix = num_prefix
 
 
-def _encoded(tokenizer: Any, prompt: str, chat: bool) -> tuple[str, list[int], int]:
-    """Return the prompt as the model reads it, its tokens, and how many of them come before its text.
-
-    What a tokenizer puts after a text, such as an EOS, is left out: an answer is to follow. A chat template writes its
-    special tokens itself.
-    """
-    if chat:
-        messages = [{"role": "user", "content": prompt}]
-        text = tokenizer.apply_chat_template(messages, tokenize=False, add_generation_prompt=True)
-        return text, encode(tokenizer, text), 0
-    bare, full = encode(tokenizer, prompt), encode(tokenizer, prompt, add_special_tokens=True)
-    starts = (start for start in range(len(full) - len(bare) + 1) if full[start : start + len(bare)] == bare)
-    num_prefix = next(starts, 0)
-    return prompt, full[: num_prefix + len(bare)], num_prefix
-
-
-def _end_ids(model: Any, tokenizer: Any) -> list[int]:
-    """Return the ids that end a text: those of the model's generation settings and the tokenizer's own."""
-    configured = model.generation_config.eos_token_id
-    ids = list(configured) if isinstance(configured, list | tuple) else [configured]
-    return sorted({int(token) for token in (*ids, tokenizer.eos_token_id) if token is not None})
-
-
-def _generate(
-    model: Any, batch: Sequence[_Asked], spec: ResponsesSpec, ends: Sequence[int], *, seed: int
-) -> list[list[int]]:
-    """Return the new tokens of each prompt, up to and with the first that ends a text.
-
-    In float64 prompts are not padded but run one by one: the mask's least number is infinite in the float32 in which
-    some attention implementations take their softmax, and padding would come out as NaN.
-    """
-    weight = next(model.parameters())
-    rows = [a.ids for a in batch]
-    parts = [[row] for row in rows] if weight.dtype == torch.float64 else [rows]
-    written: list[list[int]] = []
-    model.eval()
-    with torch.inference_mode(), _drawing(seed, weight.device), _plain_generation(model, spec, ends):
-        for part in parts:
-            ids, mask = _left_padded(part)
-            output = model.generate(input_ids=ids.to(weight.device), attention_mask=mask.to(weight.device))
-            written += [_until_end(row, ends) for row in output[:, ids.shape[1] :].tolist()]
-    return written
-
-
-def _left_padded(rows: Sequence[Sequence[int]]) -> tuple[Int64[Tensor, "batch seq"], Int64[Tensor, "batch seq"]]:
-    """Return the rows as one tensor that they end together in, and where its real tokens are."""
-    width = max(len(row) for row in rows)
-    ids = torch.full((len(rows), width), _PADDING_ID)
-    mask = torch.zeros((len(rows), width), dtype=torch.int64)
-    for place, row in enumerate(rows):
-        ids[place, width - len(row) :] = torch.tensor(list(row))
-        mask[place, width - len(row) :] = 1
-    return ids, mask
-
-
-def _until_end(ids: list[int], ends: Collection[int]) -> list[int]:
-    stop = next((place + 1 for place, token in enumerate(ids) if token in ends), len(ids))
-    return ids[:stop]
-
-
-@contextmanager
-def _plain_generation(model: Any, spec: ResponsesSpec, ends: Sequence[int]) -> Iterator[None]:
-    """Let the model generate without its own settings, which would add to those given; they come back at the end."""
-    from transformers import GenerationConfig
-
-    before = model.generation_config
-    sampling = {"do_sample": True, "temperature": spec.temperature, "top_k": 0} if spec.temperature else {}
-    model.generation_config = GenerationConfig(
-        max_new_tokens=spec.max_new_tokens,
-        eos_token_id=list(ends) or None,
-        pad_token_id=ends[0] if ends else _PADDING_ID,
-        use_cache=True,
-        **sampling,
-    )
-    try:
-        yield
-    finally:
-        model.generation_config = before
-
-
 @contextmanager
 def _drawing(seed: int, device: torch.device) -> Iterator[None]:
     """Draw from a seed, and leave the process's own random numbers as they were."""
@@ -221,8 +143,7 @@ def _drawing(seed: int, device: torch.device) -> Iterator[None]:
 
 
 def _response(asked: _Asked, ids: Sequence[int], ends: Collection[int], tokenizer: Any) -> Response:
-    ended = bool(ids) and ids[-1] in ends
-    text = tokenizer.decode(ids[:-1] if ended else ids, skip_special_tokens=True, clean_up_tokenization_spaces=False)
+    text, ended = decode_answer(tokenizer, ids, ends)
     return Response(
         index=asked.index,
         prompt=asked.text,
