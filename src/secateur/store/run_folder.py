@@ -7,15 +7,28 @@ or a missing file, means the stage runs again. Results appear whole or not at al
 from __future__ import annotations
 
 import time
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from datetime import datetime, timezone
 from pathlib import Path
-from typing import Any
+from typing import Any, Protocol, runtime_checkable
 
 from secateur.errors import CheckpointError, ExportError
 from secateur.store.artifacts import read_json, write_json, write_text
 
 MANIFEST_VERSION = 1
+
+
+@runtime_checkable
+class Shared(Protocol):
+    """Results that runs have in common, each under its stage and the hash of what it depends on."""
+
+    def find(self, folder: RunFolder, stage: str, key: str) -> bool:
+        """Put a result into a run folder, with its record; return whether there is one."""
+        ...
+
+    def keep(self, folder: RunFolder, stage: str, files: Sequence[Path]) -> None:
+        """Take a finished result of a run folder, if it is of a kind that is shared."""
+        ...
 
 
 class RunFolder:
@@ -25,15 +38,20 @@ class RunFolder:
         path: the folder.
         manifest: stages with keys and timings, versions, fingerprints and seeds.
         read_only: whether nothing is written, because another process of the same run does.
+        shared: where results are looked for that are not in the folder; None where the run is by itself.
     """
 
-    def __init__(self, path: Path, manifest: dict[str, Any], *, read_only: bool = False) -> None:
+    def __init__(
+        self, path: Path, manifest: dict[str, Any], *, read_only: bool = False, shared: Shared | None = None
+    ) -> None:
         self.path = path
         self.manifest = manifest
         self.read_only = read_only
+        self.shared = shared
+        self._files: dict[str, Sequence[Path]] = {}
 
     @classmethod
-    def open(cls, path: Path, *, read_only: bool = False) -> RunFolder:
+    def open(cls, path: Path, *, read_only: bool = False, shared: Shared | None = None) -> RunFolder:
         """Return the run folder at ``path``; nothing is written before the first result.
 
         Raises:
@@ -43,14 +61,14 @@ class RunFolder:
             raise ExportError(f"output {path} is a file. Choose another output folder.")
         manifest = _own_manifest(path)
         if manifest is not None:
-            return cls(path, manifest, read_only=read_only)
+            return cls(path, manifest, read_only=read_only, shared=shared)
         if path.is_dir() and any(path.iterdir()):
             first = sorted(item.name for item in path.iterdir())[0]
             raise ExportError(
                 f"output folder {path} is not empty and is not a run of secateur (it holds {first}). "
                 "Choose another output, or empty it."
             )
-        return cls(path, {"schema_version": MANIFEST_VERSION, "stages": {}}, read_only=read_only)
+        return cls(path, {"schema_version": MANIFEST_VERSION, "stages": {}}, read_only=read_only, shared=shared)
 
     def save(self) -> None:
         """Write the manifest."""
@@ -63,13 +81,20 @@ class RunFolder:
         self.save()
 
     def is_done(self, stage: str, key: str, *files: Path) -> bool:
-        """Return whether a stage's result exists and was made from the same inputs.
+        """Return whether a stage's result exists, or was found among shared ones, and was made from the same inputs.
 
         Args:
             stage: name of the stage.
             key: hash of what it depends on now.
             files: that must be there, besides those recorded when it was finished.
         """
+        self._files[stage] = files
+        if self._is_here(stage, key, files):
+            return True
+        found = self.shared is not None and not self.read_only and self.shared.find(self, stage, key)
+        return found and self._is_here(stage, key, files)
+
+    def _is_here(self, stage: str, key: str, files: Sequence[Path]) -> bool:
         entry: Mapping[str, Any] = self.manifest["stages"].get(stage, {})
         recorded = [self.path / name for name in entry.get("files", ())]
         return entry.get("key") == key and all(file.exists() for file in (*files, *recorded))
@@ -90,6 +115,8 @@ class RunFolder:
             **facts,
         }
         self.save()
+        if self.shared is not None and not self.read_only:
+            self.shared.keep(self, stage, self._files.get(stage, ()))
 
     def forget(self, stage: str) -> None:
         """Drop the record of a stage, before its result is replaced."""
