@@ -12,15 +12,16 @@ import pytest
 import torch
 from torch import Tensor
 
-from secateur.calibrate import collect, collect_gradients
+from secateur.calibrate import collect, collect_gradients, collect_impacts
 from secateur.errors import ConfigError
 from secateur.families.geometry import Geometry
 from secateur.families.loader import families
 from secateur.records.gradients import SUMS, GradientStatistics, UnitGradients
 from secateur.records.gram import Grams
+from secateur.records.impacts import TENSORS, ImpactStatistics, UnitImpacts, judged
 from secateur.records.statistics import BucketStatistics, Moments, SequenceSums
 from secateur.records.units import BLOCK_KINDS, FFN_CHANNEL, GQA_GROUP, LAYER_UNIT_KINDS, QUERY_HEAD
-from secateur.score import METHODS, Evidence, score_units
+from secateur.score import METHODS, Evidence, TextRecords, score_units
 from tests.blocks import hand_made_blocks
 from tests.conftest import geometry_of, pico_model
 from tests.pruning import logits, masked
@@ -40,7 +41,7 @@ def cases(kinds: Sequence[str] = EVERY_KIND, *, controls: bool = True) -> list[A
         for name in METHODS
         for options in variants(name)
         for kind in kinds
-        if kind in METHODS[name].kinds and (controls or not METHODS[name].control)
+        if kind in METHODS[name].kinds and (controls or not (METHODS[name].control or METHODS[name].contrast))
     ]
 
 
@@ -48,9 +49,16 @@ every_method = pytest.mark.parametrize(("method", "options"), [(name, o) for nam
 every_case = pytest.mark.parametrize(("method", "options", "kind"), cases())
 every_inner_case = pytest.mark.parametrize(("method", "options", "kind"), cases(LAYER_UNIT_KINDS))
 every_real_case = pytest.mark.parametrize(("method", "options", "kind"), cases(LAYER_UNIT_KINDS, controls=False))
+"""Those of methods that say what a text needs; not of those that say how much more it needs it than another text."""
 
 
 def evidence(kind: str, seed: int = 0) -> Evidence:
+    """Return made-up evidence of one text, and by ``of_bucket`` that of any other."""
+    others = {"general": text_evidence(kind, seed + 20)}
+    return replace(text_evidence(kind, seed), of_bucket=others.__getitem__)
+
+
+def text_evidence(kind: str, seed: int = 0) -> Evidence:
     """Return made-up evidence that could have come from a model: sums over tokens that exist, and weights.
 
     The last weight slice is that of the reading projection.
@@ -69,7 +77,9 @@ def evidence(kind: str, seed: int = 0) -> Evidence:
         4,
         **{name: torch.rand(NUM_UNITS, dtype=torch.float64, generator=generator) for name in SUMS},
         output=slopes.T @ slopes,
+        sketch=torch.randn(NUM_UNITS, 8, dtype=torch.float64, generator=generator),
     )
+    impacts = judged(torch.rand(6, NUM_UNITS, dtype=torch.float64, generator=generator))
     outputs = [torch.rand(NUM_UNITS, dtype=torch.float64, generator=generator) * 40 for _ in range(2)]
     return Evidence(
         kind=kind,
@@ -84,6 +94,7 @@ def evidence(kind: str, seed: int = 0) -> Evidence:
         load_gram=lambda: gram,
         load_gradients=lambda: gradients,
         seed=7,
+        load_impacts=lambda: impacts,
     )
 
 
@@ -116,7 +127,10 @@ def permuted(item: Evidence, order: Tensor) -> Evidence:
 
     sums, sequences, slopes = item.moments, item.sequences, item.load_gradients()
     sums_of_units = {name: getattr(slopes, name)[order] for name in SUMS}
-    gradients = UnitGradients(slopes.count, **sums_of_units, output=slopes.output)
+    assert slopes.sketch is not None
+    gradients = UnitGradients(slopes.count, **sums_of_units, output=slopes.output, sketch=slopes.sketch[order])
+    seen = item.load_impacts()
+    impacts = UnitImpacts(seen.count, **{name: getattr(seen, name)[order] for name in TENSORS})
     weights = [matrix[order] for matrix in item.load_weights()]
     places = channels(torch.arange(item.num_units * item.width))
     return replace(
@@ -128,6 +142,8 @@ def permuted(item: Evidence, order: Tensor) -> Evidence:
         load_reader=lambda: item.load_reader()[:, places],
         load_gram=lambda: item.load_gram()[places][:, places],
         load_gradients=lambda: gradients,
+        load_impacts=lambda: impacts,
+        of_bucket=lambda name: permuted(item.of_bucket(name), order),
     )
 
 
@@ -135,6 +151,8 @@ def tensors(item: Evidence) -> list[Tensor]:
     """Return every tensor that evidence holds or loads."""
     sums, gradients = item.moments, item.load_gradients()
     loaded = [*item.load_weights(), item.load_reader(), item.load_gram(), *(getattr(gradients, n) for n in SUMS)]
+    if item.kind not in BLOCK_KINDS:
+        loaded += [getattr(item.load_impacts(), name) for name in TENSORS]
     return [sums.sum, sums.sum_abs, sums.sum_sq, item.sequences.mean_abs_sq, *item.linear_abs, *loaded]
 
 
@@ -196,17 +214,25 @@ def test_methods_read_what_they_say_they_need(method: str, options: dict[str, An
 
         return watch
 
-    watching = replace(
-        item,
-        load_weights=watched("weights", item.load_weights),
-        load_reader=watched("weights", item.load_reader),
-        load_gram=watched("Gram matrices", item.load_gram),
-        load_gradients=watched("gradients", item.load_gradients),
-    )
-    expected = score(method, watching, options)
+    def watching(text: Evidence) -> Evidence:
+        return replace(
+            text,
+            load_weights=watched("weights", text.load_weights),
+            load_reader=watched("weights", text.load_reader),
+            load_gram=watched("Gram matrices", text.load_gram),
+            load_gradients=watched("gradients", text.load_gradients),
+            load_impacts=watched("impacts", text.load_impacts),
+            of_bucket=lambda name: watching(text.of_bucket(name)),
+        )
+
+    expected = score(method, watching(item), options)
     other = evidence(kind, seed=5)
-    sums = {name: getattr(other, name) for name in ("moments", "sequences", "linear_abs", "cosine")}
-    if not torch.equal(score(method, replace(item, **sums), options), expected):
+
+    def with_other_sums(text: Evidence) -> Evidence:
+        sums = {name: getattr(other, name) for name in ("moments", "sequences", "linear_abs", "cosine")}
+        return replace(text, **sums, of_bucket=lambda name: with_other_sums(text.of_bucket(name)))
+
+    if not torch.equal(score(method, with_other_sums(item), options), expected):
         read.add("statistics")
     if not torch.equal(score(method, replace(item, removal_loss=other.removal_loss), options), expected):
         read.add("measured removals")
@@ -215,6 +241,7 @@ def test_methods_read_what_they_say_they_need(method: str, options: dict[str, An
     assert set(needs.split(" and ")) == (read or {"nothing"})
     assert ("Gram matrices" in read) == METHODS[method].gram
     assert ("gradients" in read) == METHODS[method].gradient
+    assert ("impacts" in read) == METHODS[method].impact
     assert ("measured removals" in read) == bool(METHODS[method].measure)
     if needs == "nothing":
         assert torch.equal(score(method, other, options), expected)
@@ -269,6 +296,7 @@ class Planted:
     statistics: BucketStatistics
     grams: Grams
     gradients: GradientStatistics
+    impacts: ImpactStatistics
     useful: dict[str, list[list[int]]]
 
 
@@ -295,10 +323,10 @@ def planted() -> Planted:
             useful[GQA_GROUP].append([group for group in range(3) if group != layer])
             useful[QUERY_HEAD].append([head for head in range(6) if head // 2 != layer])
     blocks = hand_made_blocks()
-    gradients = collect_gradients(model, blocks, geometry, LAYER_UNIT_KINDS, outputs=True)
-    return Planted(
-        model, geometry, collect(model, blocks, geometry), grams_of(model, blocks, geometry), gradients, useful
-    )
+    gradients = collect_gradients(model, blocks, geometry, LAYER_UNIT_KINDS, outputs=True, sketch=True)
+    impacts = collect_impacts(model, blocks, geometry, LAYER_UNIT_KINDS)
+    sums, grams = collect(model, blocks, geometry), grams_of(model, blocks, geometry)
+    return Planted(model, geometry, sums, grams, gradients, impacts, useful)
 
 
 def best_units(method: str, kind: str, options: dict[str, Any], seed: int = 0) -> list[list[int]]:
@@ -315,6 +343,8 @@ def best_units(method: str, kind: str, options: dict[str, Any], seed: int = 0) -
             seed=seed,
             grams=case.grams,
             gradients=case.gradients,
+            impacts=case.impacts,
+            by_bucket={"general": TextRecords(case.statistics, (), case.grams, case.gradients, case.impacts)},
         ).values[kind]
     except ConfigError as error:
         assert kind in str(error)

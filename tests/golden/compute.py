@@ -9,11 +9,11 @@ from typing import Any
 import torch
 
 from secateur.allocate import Request, make_plan
-from secateur.calibrate import collect, collect_gradients
+from secateur.calibrate import collect, collect_gradients, collect_impacts
 from secateur.errors import ConfigError
 from secateur.families.loader import families
 from secateur.records.units import LAYER_UNIT_KINDS
-from secateur.score import METHODS, score_units
+from secateur.score import METHODS, TextRecords, score_units
 from tests.blocks import hand_made_blocks
 from tests.conftest import geometry_of, pico_model
 from tests.unit.score.grams import grams_of
@@ -39,7 +39,16 @@ def compute() -> dict[str, Any]:
     geometry = geometry_of(model, families()["llama"])
     statistics = collect(model, hand_made_blocks(), geometry)
     grams = grams_of(model, hand_made_blocks(), geometry)
-    gradients = collect_gradients(model, hand_made_blocks(), geometry, LAYER_UNIT_KINDS, outputs=True)
+    every = {"outputs": True, "sketch": True}
+    gradients = collect_gradients(model, hand_made_blocks(), geometry, LAYER_UNIT_KINDS, **every)
+    impacts = collect_impacts(model, hand_made_blocks(), geometry, LAYER_UNIT_KINDS)
+    other = hand_made_blocks(seed=1)
+    general = TextRecords(
+        collect(model, other, geometry),
+        ("general",),
+        grams_of(model, other, geometry),
+        collect_gradients(model, other, geometry, LAYER_UNIT_KINDS, **every),
+    )
     shapes = {name: tuple(parameter.shape) for name, parameter in model.named_parameters()}
     budgets = {kind: {key: 0.34} for kind, key in zip(LAYER_UNIT_KINDS, ("channels", "groups", "heads"), strict=True)}
     methods: dict[str, Any] = {}
@@ -58,6 +67,8 @@ def compute() -> dict[str, Any]:
                         grams=grams,
                         gradients=gradients,
                         removal_losses={kind: [0.25, 0.5]},
+                        impacts=impacts,
+                        by_bucket={"general": general},
                     )
                 except ConfigError as error:
                     entry[kind] = {"refused": str(error)}

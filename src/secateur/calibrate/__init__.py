@@ -2,5 +2,6 @@
 
 from secateur.calibrate.collect import collect, collect_grams, collect_with_grams
 from secateur.calibrate.gradients import collect_gradients
+from secateur.calibrate.impacts import ImpactListener, collect_impacts
 
-__all__ = ["collect", "collect_gradients", "collect_grams", "collect_with_grams"]
+__all__ = ["ImpactListener", "collect", "collect_gradients", "collect_grams", "collect_impacts", "collect_with_grams"]

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections import defaultdict
-from collections.abc import Collection
+from collections.abc import Collection, Sequence
 from functools import partial
 from typing import Any
 
@@ -113,6 +113,7 @@ def collect(
     batch_size: int = 4,
     progress: Progress = silent,
     label: str = "calibrate",
+    also: Sequence[Listener] = (),
 ) -> BucketStatistics:
     """Return the sums of one pass of ``blocks`` through ``model``.
 
@@ -126,14 +127,14 @@ def collect(
         batch_size: blocks per forward pass.
         progress: told about finished tokens.
         label: name of the work for ``progress``.
+        also: who else listens to the pass.
 
     Raises:
         CheckpointError: activations are not finite; the layer is named.
     """
     sums = _Sums(geometry)
-    seconds = run_pass(
-        model, blocks, geometry, [sums, sums.residual], batch_size=batch_size, progress=progress, label=label
-    )
+    listeners: list[Listener] = [sums, sums.residual, *also]
+    seconds = run_pass(model, blocks, geometry, listeners, batch_size=batch_size, progress=progress, label=label)
     return sums.result(blocks, seconds)
 
 
@@ -146,6 +147,7 @@ def collect_with_grams(
     batch_size: int = 4,
     progress: Progress = silent,
     label: str = "calibrate",
+    also: Sequence[Listener] = (),
 ) -> tuple[BucketStatistics, GramsInMemory]:
     """Return what ``collect`` returns, and the Gram matrices of the same pass.
 
@@ -159,13 +161,14 @@ def collect_with_grams(
         batch_size: blocks per forward pass.
         progress: told about finished tokens.
         label: name of the work for ``progress``.
+        also: who else listens to the pass.
 
     Raises:
         CheckpointError: activations are not finite; the layer is named.
         FamilyError: the family has no such unit kind.
     """
     sums, grams = _Sums(geometry), GramListener(geometry, kinds)
-    listeners: list[Listener] = [sums, sums.residual, grams]
+    listeners: list[Listener] = [sums, sums.residual, grams, *also]
     seconds = run_pass(model, blocks, geometry, listeners, batch_size=batch_size, progress=progress, label=label)
     return sums.result(blocks, seconds), grams.take()
 

@@ -23,7 +23,7 @@ from secateur.errors import CheckpointError, ConfigError, CorpusError
 from secateur.families.geometry import Geometry, Segment, UnitAxis
 from secateur.progress import Progress, silent
 from secateur.records.blocks import BlockBatch, TokenBlocks
-from secateur.records.gradients import SUMS, GradientStatistics, UnitGradients
+from secateur.records.gradients import OPTIONAL, SUMS, GradientStatistics, UnitGradients
 from secateur.records.statistics import SiteKey
 from secateur.stream.forward import run_logits
 
@@ -99,19 +99,22 @@ def _restore(modes: list[tuple[nn.Module, bool]], flags: list[tuple[nn.Parameter
 
 @dataclass(frozen=True, slots=True)
 class _Part:
-    """What one projection holds of the units of a site."""
+    """What one projection holds of the units of a site; ``index`` is its place among the unit's slices."""
 
     site: SiteKey
     num_units: int
     segment: Segment
     is_reader: bool
+    index: int
 
 
 class _GradientSums:
     """What a pass adds up; its methods are called by hooks while a block runs backwards."""
 
-    def __init__(self, geometry: Geometry, kinds: Collection[str], *, outputs: bool) -> None:
+    def __init__(self, geometry: Geometry, kinds: Collection[str], *, outputs: bool, sketch: bool) -> None:
         self.outputs: dict[SiteKey, Tensor] | None = {} if outputs else None
+        self.sketches: dict[SiteKey, Tensor] | None = {} if sketch else None
+        self.signs: dict[tuple[int, int, int], tuple[Tensor, Tensor]] = {}
         self.weight_layout = geometry.family.weight_layout
         self.parts: defaultdict[str, list[_Part]] = defaultdict(list)
         self.totals: dict[SiteKey, dict[str, Tensor]] = {}
@@ -119,9 +122,9 @@ class _GradientSums:
         self.count = 0
         for kind in kinds:
             for axis in _present(geometry, kind):
-                for segment in axis.segments:
+                for index, segment in enumerate(axis.segments):
                     is_reader = segment.module == axis.reader
-                    part = _Part((axis.layer, kind), axis.num_units, segment, is_reader)
+                    part = _Part((axis.layer, kind), axis.num_units, segment, is_reader, index)
                     self.parts[segment.module].append(part)
 
     @contextmanager
@@ -144,13 +147,17 @@ class _GradientSums:
         with torch.no_grad():
             weight = module.weight if self.weight_layout == "out_in" else module.weight.T
             bias = getattr(module, "bias", None)
-            products = weighted_gradient(weight, values, gradient)
+            slopes = weight_gradient(weight, values, gradient)
+            for part in self.parts[name] if self.sketches is not None else ():
+                self._add_sketch(part, slopes)
+            products = slopes.mul_(weight)
             for part in self.parts[name]:
                 self._add(part, products)
                 if part.is_reader and self.outputs is not None:
                     self._add_output(part.site, gradient)
                 if part.segment.side == "out" and bias is not None:
-                    self._add(part, weighted_gradient(bias[:, None], torch.ones_like(values[..., :1]), gradient))
+                    column = bias[:, None]
+                    self._add(part, weight_gradient(column, torch.ones_like(values[..., :1]), gradient).mul_(column))
 
     def _add(self, part: _Part, products: Float[Tensor, "out in"]) -> None:
         segment = part.segment
@@ -172,6 +179,21 @@ class _GradientSums:
         with exact_float32():
             self.outputs[site].addmm_(rows.T, rows)
 
+    def _add_sketch(self, part: _Part, slopes: Float[Tensor, "out in"]) -> None:
+        """Add the projections of one slice's gradient; biases are left out."""
+        assert self.sketches is not None
+        segment = part.segment
+        rows = slopes if segment.side == "out" else slopes.T
+        rows = rows[segment.offset : segment.offset + part.num_units * segment.width]
+        place = part.index, rows.shape[1], segment.width
+        if place not in self.signs:
+            columns, within = sketch_signs(*place)
+            self.signs[place] = columns.to(rows), within.to(rows)
+        columns, within = self.signs[place]
+        with exact_float32():
+            found = ((rows @ columns).reshape(part.num_units, segment.width, -1) * within).sum(1)
+        self.sketches[part.site] = self.sketches[part.site] + found if part.site in self.sketches else found
+
     def end_block(self) -> None:
         """Add what the block left; a unit's mask is squared only now that all of its channels are in.
 
@@ -179,7 +201,8 @@ class _GradientSums:
             CheckpointError: it is not finite; the place is named.
         """
         for (layer, kind), found in sorted(self.block.items()):
-            found["mask_sq"] = found.pop("mask").square()
+            mask = found.pop("mask")
+            found |= {"mask_sq": mask.square(), "mask_abs": mask.abs()}
             if not all(bool(torch.isfinite(values).all()) for values in found.values()):
                 raise CheckpointError(
                     f"gradients at the {kind}s of layer {layer} are not finite (NaN or infinite). Check the "
@@ -192,25 +215,49 @@ class _GradientSums:
 
     def result(self, num_tokens: int) -> GradientStatistics:
         """Return the sums so far, on the CPU."""
+        asked = dict(zip(OPTIONAL, (self.outputs, self.sketches), strict=True))
+        optional = {name: found for name, found in asked.items() if found is not None}
         units = {
             site: UnitGradients(
                 self.count,
                 **{name: sums[name].cpu() for name in SUMS},
-                output=None if self.outputs is None else self.outputs[site].cpu(),
+                **{name: found[site].cpu() for name, found in optional.items()},
             )
             for site, sums in sorted(self.totals.items())
         }
         return GradientStatistics(num_tokens, units)
 
 
-def weighted_gradient(
+SKETCH_DIRECTIONS = 64
+"""Random directions that a unit's gradient is projected on: cosines are then known to about an eighth."""
+
+
+def sketch_signs(
+    index: int, columns: int, width: int
+) -> tuple[Float[Tensor, "columns directions"], Float[Tensor, "width directions"]]:
+    """Return the signs of one slice of a unit: those of its columns and of its rows, whose products are the directions.
+
+    They depend on nothing but the arguments, so that sketches of different texts compare.
+
+    Args:
+        index: place of the slice among the unit's slices.
+        columns: numbers per row.
+        width: rows per unit.
+    """
+    generator = torch.Generator().manual_seed(index)
+    shapes = (columns, SKETCH_DIRECTIONS), (width, SKETCH_DIRECTIONS)
+    first, second = (torch.randint(0, 2, shape, generator=generator) * 2.0 - 1.0 for shape in shapes)
+    return first, second
+
+
+def weight_gradient(
     weight: Float[Tensor, "out in"], values: Float[Tensor, "... in"], gradient: Float[Tensor, "... out"]
 ) -> Float[Tensor, "out in"]:
-    """Return w_ij dL/dw_ij of a projection, from its input and the gradient at its output; float32 or wider."""
+    """Return dL/dw_ij of a projection, from its input and the gradient at its output; float32 or wider."""
     wide = torch.promote_types(weight.dtype, torch.float32)
     inputs, outputs = (matrix.reshape(-1, matrix.shape[-1]).to(wide) for matrix in (values, gradient))
     with exact_float32():
-        return (outputs.T @ inputs).mul_(weight)
+        return outputs.T @ inputs
 
 
 def weight_sums(products: Float[Tensor, "rows columns"]) -> dict[str, Float64[Tensor, " rows"]]:
@@ -241,6 +288,7 @@ def collect_gradients(
     *,
     max_tokens: int | None = None,
     outputs: bool = False,
+    sketch: bool = False,
     progress: Progress = silent,
     label: str = "gradients",
     who: str = "the gradient pass",
@@ -258,6 +306,7 @@ def collect_gradients(
         max_tokens: whole blocks are taken from the start for as long as they have no more tokens than this, one at
             least; None for all.
         outputs: also sum g gT at the outputs of the reading projections: out x out x 4 bytes for each.
+        sketch: also sum random projections of each unit's gradient, so that those of two texts can be compared.
         progress: told about finished tokens.
         label: name of the work for ``progress``.
         who: who needs gradients, for messages.
@@ -270,7 +319,7 @@ def collect_gradients(
     """
     geometry.require_cuttable(kinds)
     require_differentiable(model, geometry, kinds, who)
-    sums = _GradientSums(geometry, kinds, outputs=outputs)
+    sums = _GradientSums(geometry, kinds, outputs=outputs, sketch=sketch)
     limit = blocks.num_tokens if max_tokens is None else min(max_tokens, blocks.num_tokens)
     num_tokens = 0
     with differentiated(model), sums.listening(model), progress(label, limit, "tokens") as task:

@@ -6,10 +6,11 @@ import time
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import ExitStack
 from dataclasses import dataclass, field
+from itertools import pairwise
 from typing import Any, Protocol, runtime_checkable
 
 import torch
-from jaxtyping import Bool, Float
+from jaxtyping import Bool, Float, Int64
 from torch import Tensor
 
 from secateur.calibrate.taps import OnPair, OnTensor, tapped
@@ -21,15 +22,21 @@ from secateur.stream.forward import run_backbone
 
 
 class RealTokens:
-    """Where the real tokens of the running batch are; padding comes last in a packed block."""
+    """Where the real tokens of the running batch are; padding comes last in a packed block.
 
-    def __init__(self, valid: Bool[Tensor, "batch seq"]) -> None:
+    Args:
+        valid: False on padding.
+        document: which document each token is of; needed by those who ask for documents.
+    """
+
+    def __init__(self, valid: Bool[Tensor, "batch seq"], document: Int64[Tensor, "batch seq"] | None = None) -> None:
         counts = [int(row.sum()) for row in valid]
         self._blocks = [slice(n) if bool(row[:n].all()) else row for row, n in zip(valid, counts, strict=True)]
         edges = torch.nn.functional.pad(valid.flatten(), (1, 1)).int().diff()
         self._runs = [
             slice(*ends) for ends in zip(*((edges == e).nonzero()[:, 0].tolist() for e in (1, -1)), strict=True)
         ]
+        self._documents = [] if document is None else _document_runs(document.where(valid, -1))
 
     def by_block(self, values: Float[Tensor, "... channels"]) -> Iterator[Float[Tensor, "tokens channels"]]:
         """Yield the real tokens of each block: pieces small enough to stay near the processor."""
@@ -42,6 +49,21 @@ class RealTokens:
         rows = values.reshape(-1, values.shape[-1])
         for run in self._runs:
             yield rows[run]
+
+    def by_document(
+        self, values: Float[Tensor, "... channels"]
+    ) -> Iterator[tuple[int, Float[Tensor, "tokens channels"]]]:
+        """Yield each piece of a document with the document's index; pieces of one that meet come together."""
+        rows = values.reshape(-1, values.shape[-1])
+        for document, run in self._documents:
+            yield document, rows[run]
+
+
+def _document_runs(document: Int64[Tensor, "batch seq"]) -> list[tuple[int, slice]]:
+    """Return each document's unbroken runs of tokens, as places in the flattened batch; -1 marks padding."""
+    flat = document.flatten()
+    starts = [0, *((flat[1:] != flat[:-1]).nonzero()[:, 0] + 1).tolist(), len(flat)]
+    return [(int(flat[start]), slice(start, stop)) for start, stop in pairwise(starts) if int(flat[start]) >= 0]
 
 
 @dataclass(frozen=True, slots=True)
@@ -91,7 +113,7 @@ def run_pass(
             taps = listener.taps()
             stack.enter_context(tapped(model, inputs=taps.inputs, outputs=taps.outputs, through=taps.through))
         for batch in blocks.batches(batch_size):
-            tokens = RealTokens(batch.valid)
+            tokens = RealTokens(batch.valid, batch.document)
             for listener in listeners:
                 listener.start_batch(tokens)
             run_backbone(model, batch, geometry.family)

@@ -10,7 +10,7 @@ from typing import Any
 
 from secateur.records.gradients import GradientStatistics, merge_gradients
 from secateur.records.statistics import normalised
-from secateur.store.artifacts import digest, read_gradients, write_gradients
+from secateur.store.artifacts import GRADIENTS_VERSION, digest, read_gradients, write_gradients
 from secateur.store.run_folder import RunFolder
 
 
@@ -28,6 +28,8 @@ class GradientStage:
         outputs: whether the gradients at the outputs of the reading projections are needed too.
         collect: runs a bucket forwards and backwards through the dense model.
         mix: weight of each bucket's mean; None counts every block the same.
+        references: names of texts that are looked at one by one.
+        sketch: whether projections of the gradients are needed too, so that those of two texts can be compared.
     """
 
     kinds: Sequence[str]
@@ -39,10 +41,12 @@ class GradientStage:
     key: Callable[[str], str]
     collect: Callable[[str], GradientStatistics]
     mix: Mapping[str, float] | None = None
+    references: Sequence[str] = ()
+    sketch: bool = False
 
     def needs(self, name: str) -> bool:
         """Return whether the gradients of a bucket are needed."""
-        return bool(self.kinds) and name in self.buckets
+        return bool(self.kinds) and (name in self.buckets or name in self.references)
 
     def is_missing(self, name: str) -> bool:
         """Return whether the gradients of a bucket are still to be taken."""
@@ -67,9 +71,13 @@ class GradientStage:
             return None
         return together({name: read_gradients(self._file(name)) for name in self.buckets}, self.mix)
 
+    def load_bucket(self, name: str) -> GradientStatistics | None:
+        """Return the gradients of one bucket; None where they are not needed."""
+        return read_gradients(self._file(name)) if self.needs(name) else None
+
     def keys(self) -> list[str]:
         """Return what identifies the gradients of all buckets, for the plan that rests on them."""
-        return [self._key(name) for name in self.buckets if self.needs(name)]
+        return [self._key(name) for name in dict.fromkeys([*self.buckets, *self.references]) if self.needs(name)]
 
     def _stage(self, name: str) -> str:
         return f"gradients:{name}"
@@ -78,7 +86,8 @@ class GradientStage:
         return self.folder.path / "statistics" / f"{name}.gradients.safetensors"
 
     def _key(self, name: str) -> str:
-        return digest(self.key(name), list(self.kinds), self.max_tokens, *(["outputs"] if self.outputs else []))
+        asked = [word for word, needed in (("outputs", self.outputs), ("sketch", self.sketch)) if needed]
+        return digest(self.key(name), list(self.kinds), self.max_tokens, *asked, GRADIENTS_VERSION)
 
     def _is_done(self, name: str) -> bool:
         file = self._file(name)

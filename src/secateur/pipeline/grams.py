@@ -121,6 +121,7 @@ class GramStage:
         key: hash of what a bucket's calibration depends on, by name.
         collect: runs a split of a bucket through the dense model.
         mix: weight of each bucket's mean; None counts every token the same.
+        references: names of texts that are looked at one by one.
     """
 
     kinds: Sequence[str]
@@ -131,11 +132,14 @@ class GramStage:
     key: Callable[[str], str]
     collect: Callable[[str, Split], GramsInMemory]
     mix: Mapping[str, float] | None = None
+    references: Sequence[str] = ()
 
     def splits(self, name: str) -> list[Split]:
         """Return the splits of a bucket whose matrices are needed."""
-        if not self.kinds or name not in self.buckets:
+        if not self.kinds or name not in (*self.buckets, *self.references):
             return []
+        if name not in self.buckets:
+            return ["calibration"]
         return ["calibration", "validation"] if self.judged else ["calibration"]
 
     def missing(self, name: str) -> list[Split]:
@@ -163,6 +167,10 @@ class GramStage:
         if not self.kinds:
             return None
         return together({name: read_grams(self._file(name, split))[0] for name in self.buckets}, self.mix)
+
+    def load_bucket(self, name: str) -> Grams | None:
+        """Return the matrices of one bucket's calibration text, still on disk; None where they are not needed."""
+        return read_grams(self._file(name, "calibration"))[0] if self.splits(name) else None
 
     def reconstructor(self) -> Reconstructor:
         """Return what fits on calibration text and is judged on validation text."""

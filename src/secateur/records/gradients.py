@@ -4,7 +4,7 @@ Plain sums over sequences, like all statistics; a sequence is one calibration bl
 predicted tokens. Removing a unit is setting its weights to zero, or the mask it is multiplied with from 1 to 0; the
 products of values and gradients say how the loss would follow.
 
-Dims: ``units`` of one kind in one layer, ``out`` outputs of the projection that reads them.
+Dims: ``units`` of one kind in one layer, ``out`` outputs of the projection that reads them, ``directions`` random ones.
 """
 
 from __future__ import annotations
@@ -30,8 +30,12 @@ class UnitGradients:
         weight_abs: of the sum over the unit's weights of |w g_n|.
         weight_sq: of the sum over the unit's weights of (w g_n)^2.
         weight_mixed: of the sum over the unit's weights of |w g_n - (w g_n)^2 / 2|.
+        mask_abs: of |dL_n/dm|.
         output: of g gT over the sequences' tokens, g the gradient at the output of the projection that reads the units;
             None where it was not asked for, because it is large.
+        sketch: of random projections of g_n, the gradient of all of the unit's weights as one vector; the same
+            projections for every text, so that the cosine of two texts' sums estimates that of their mean gradients, to
+            about 1 / sqrt(directions). None where it was not asked for.
     """
 
     count: int
@@ -39,10 +43,14 @@ class UnitGradients:
     weight_abs: Float64[Tensor, " units"]
     weight_sq: Float64[Tensor, " units"]
     weight_mixed: Float64[Tensor, " units"]
+    mask_abs: Float64[Tensor, " units"]
     output: Float[Tensor, "out out"] | None = None
+    sketch: Float[Tensor, "units directions"] | None = None
 
 
-SUMS: tuple[str, ...] = tuple(entry.name for entry in fields(UnitGradients) if entry.name not in ("count", "output"))
+OPTIONAL: tuple[str, ...] = ("output", "sketch")
+"""The sums that are only there where they were asked for, by name."""
+SUMS: tuple[str, ...] = tuple(entry.name for entry in fields(UnitGradients) if entry.name not in ("count", *OPTIONAL))
 """The sums per unit that ``UnitGradients`` holds, by name."""
 
 
@@ -84,5 +92,10 @@ def _merged(parts: Sequence[UnitGradients], shares: Sequence[float] | None) -> U
         name: torch.stack([getattr(part, name) * scale for part, scale in zip(parts, scales, strict=True)]).sum(0)
         for name in SUMS
     }
-    outputs = [part.output * scale for part, scale in zip(parts, scales, strict=True) if part.output is not None]
-    return UnitGradients(count, **sums, output=torch.stack(outputs).sum(0) if len(outputs) == len(parts) else None)
+    asked = {name: [getattr(part, name) for part in parts] for name in OPTIONAL}
+    optional = {
+        name: torch.stack([found * scale for found, scale in zip(values, scales, strict=True)]).sum(0)
+        for name, values in asked.items()
+        if all(found is not None for found in values)
+    }
+    return UnitGradients(count, **sums, **optional)

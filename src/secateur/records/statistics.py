@@ -19,6 +19,7 @@ from torch import Tensor
 
 from secateur.records.gradients import GradientStatistics
 from secateur.records.gram import BucketGrams
+from secateur.records.impacts import ImpactStatistics
 from secateur.records.units import SiteKey as SiteKey
 
 
@@ -102,6 +103,7 @@ class Statistics:
         versions: package versions that produced them.
         grams: per bucket name, its Gram matrices, where they were asked for.
         gradients: per bucket name, its gradient sums, where they were asked for.
+        impacts: per bucket name, what its documents say of the units, where that was asked for.
     """
 
     model_fingerprint: str
@@ -110,6 +112,7 @@ class Statistics:
     versions: Mapping[str, str] = field(default_factory=dict)
     grams: Mapping[str, BucketGrams] = field(default_factory=dict)
     gradients: Mapping[str, GradientStatistics] = field(default_factory=dict)
+    impacts: Mapping[str, ImpactStatistics] = field(default_factory=dict)
 
 
 def merge_buckets(first: BucketStatistics, second: BucketStatistics) -> BucketStatistics:

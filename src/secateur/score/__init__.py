@@ -4,8 +4,12 @@ from secateur.score import (  # noqa: F401 - importing a method's file registers
     activation_norm,
     block_influence,
     contextual,
+    contrast,
+    cus_prun,
+    d_pruner,
     fisher,
     fluctuation,
+    gaprune,
     kfac,
     leverage,
     magnitude,
@@ -19,7 +23,7 @@ from secateur.score import (  # noqa: F401 - importing a method's file registers
     tyr,
     wanda,
 )
-from secateur.score.method import METHODS, Evidence, Method
-from secateur.score.run import rehearse, score_units
+from secateur.score.method import METHODS, Evidence, Method, Outcome
+from secateur.score.run import TextRecords, notes_on, rehearse, score_units
 
-__all__ = ["METHODS", "Evidence", "Method", "rehearse", "score_units"]
+__all__ = ["METHODS", "Evidence", "Method", "Outcome", "TextRecords", "notes_on", "rehearse", "score_units"]

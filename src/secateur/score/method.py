@@ -13,9 +13,22 @@ from torch import Tensor
 
 from secateur.errors import ConfigError
 from secateur.records.gradients import UnitGradients
+from secateur.records.impacts import UnitImpacts
+from secateur.records.plan import Plan
 from secateur.records.statistics import Moments, SequenceSums
 from secateur.records.units import BLOCK_KINDS, LAYER_UNIT_KINDS
 from secateur.registry import Registry, unknown_name
+
+
+def _no_impacts() -> UnitImpacts:
+    raise ConfigError(
+        "these statistics do not say what single documents need; take that with the calibration (impacts=True), or use "
+        "another method."
+    )
+
+
+def _no_bucket(name: str) -> Evidence:
+    raise ConfigError(f"these statistics hold nothing of a bucket {name!r} alone. Calibrate on it, or use other text.")
 
 
 @dataclass(frozen=True, slots=True)
@@ -58,6 +71,38 @@ class Evidence:
     seed: int
     cosine: float | None = None
     removal_loss: float | None = None
+    load_impacts: Callable[[], UnitImpacts] = _no_impacts
+    of_bucket: Callable[[str], Evidence] = _no_bucket
+    buckets: tuple[str, ...] = ()
+
+
+@dataclass(frozen=True, slots=True)
+class Outcome:
+    """What a method's notes are made of, once a plan was made with its scores.
+
+    Attributes:
+        options: the method's, those that were given.
+        scores: by unit kind, one vector per layer.
+        plan: what was made of them.
+        fingerprints: of the calibration text, by bucket.
+    """
+
+    options: Mapping[str, Any]
+    scores: Mapping[str, Sequence[Float64[Tensor, " _units"]]]
+    plan: Plan
+    fingerprints: Mapping[str, str]
+
+
+NotesFunction = Callable[[Outcome], Sequence[str]]
+"""What a person should know of a plan that a method made."""
+
+
+class _BucketName:
+    """Marks an option that names buckets of text."""
+
+
+BUCKET = _BucketName()
+"""Annotates an option whose value is the name of a bucket, or holds names of buckets."""
 
 
 RemovalMeasure = Literal["", "loss", "js"]
@@ -76,8 +121,8 @@ class Method:
         function: the scoring function; its keyword-only parameters are the method's options.
         measures: what it measures, one sentence.
         formula: the formula, in plain text.
-        needs: what it reads: "statistics", "Gram matrices", "weights", "gradients", "measured removals", joined by
-            "and"; or "nothing".
+        needs: what it reads: "statistics", "Gram matrices", "weights", "gradients", "impacts", "measured removals",
+            joined by "and"; or "nothing".
         cost: what it costs beyond the calibration pass.
         caveat: when it is a bad idea.
         source: author, year, arXiv id.
@@ -88,6 +133,11 @@ class Method:
         kinds: unit kinds that it can score.
         measure: what must be measured by removing blocks one after another; empty: nothing. ``loss``: the loss on
             calibration text; ``js``: the Jensen-Shannon divergence of the next-token distributions to the dense model.
+        gradient_sketch: whether it compares the gradients of two texts, which takes projections of them.
+        impact: whether it reads what single documents say, which the calibration collects only when asked.
+        contrast: whether it says how much more one text needs a unit than another, so that it reads the same of both,
+            and a unit that neither needs is not the lowest.
+        notes: what to say of a plan that was made with it.
     """
 
     name: str
@@ -104,6 +154,10 @@ class Method:
     output_gradient: bool = False
     kinds: tuple[str, ...] = LAYER_UNIT_KINDS
     measure: RemovalMeasure = ""
+    gradient_sketch: bool = False
+    impact: bool = False
+    contrast: bool = False
+    notes: NotesFunction | None = None
 
     def require_kinds(self, kinds: Iterable[str]) -> None:
         """Raise ConfigError for the first unit kind that the method cannot score; methods that can are listed."""
@@ -155,10 +209,31 @@ class Method:
         """Return whether these are to be taken at the outputs of the reading projections too."""
         return any(method.output_gradient for method in self._involved(options))
 
+    def reads_gradient_sketches(self, options: Mapping[str, Any]) -> bool:
+        """Return whether projections of the gradients are to be taken too."""
+        return any(method.gradient_sketch for method in self._involved(options))
+
+    def reads_impacts(self, options: Mapping[str, Any]) -> bool:
+        """Return whether the method reads impacts with these options, itself or through a method they name."""
+        return any(method.impact for method in self._involved(options))
+
+    def named_buckets(self, options: Mapping[str, Any]) -> list[str]:
+        """Return the buckets that the method looks at one by one, by its options or those of a method they name."""
+        own, *others = self._involved(options)
+        found = [*own._buckets(options), *(name for method in others for name in method._buckets({}))]
+        return list(dict.fromkeys(found))
+
+    def _buckets(self, options: Mapping[str, Any]) -> list[str]:
+        hints, values = get_type_hints(self.function, include_extras=True), self._values(options)
+        return [name for key, value in values.items() if _names_buckets(hints[key]) for name in _strings(value)]
+
+    def _values(self, options: Mapping[str, Any]) -> dict[str, Any]:
+        return {name: options.get(name, parameter.default) for name, parameter in self._parameters().items()}
+
     def _involved(self, options: Mapping[str, Any]) -> list[Method]:
         """Return this method and those that its options name."""
         hints = get_type_hints(self.function, include_extras=True)
-        values = {name: options.get(name, parameter.default) for name, parameter in self._parameters().items()}
+        values = self._values(options)
         return [self, *(METHODS[value] for name, value in values.items() if _registry(hints[name]) is METHODS)]
 
     def _parameters(self) -> dict[str, inspect.Parameter]:
@@ -179,6 +254,18 @@ def _registry(hint: Any) -> Registry[Any] | None:
     return next((extra for extra in extras if isinstance(extra, Registry)), None)
 
 
+def _names_buckets(hint: Any) -> bool:
+    return get_origin(hint) is Annotated and BUCKET in hint.__metadata__
+
+
+def _strings(value: Any) -> list[str]:
+    """Return every string in a value, at any depth; of mappings the values."""
+    if isinstance(value, str):
+        return [value]
+    inner = value.values() if isinstance(value, Mapping) else value if isinstance(value, Sequence) else ()
+    return [name for item in inner for name in _strings(item)]
+
+
 METHODS: Registry[Method] = Registry("method")
 
 
@@ -197,12 +284,31 @@ def register(
     output_gradient: bool = False,
     kinds: tuple[str, ...] = LAYER_UNIT_KINDS,
     measure: RemovalMeasure = "",
+    gradient_sketch: bool = False,
+    impact: bool = False,
+    contrast: bool = False,
+    notes: NotesFunction | None = None,
 ) -> Callable[[ScoreFunction], ScoreFunction]:
     """Return a decorator that registers a scoring function under ``name``; fields as in ``Method``."""
 
     def decorate(function: ScoreFunction) -> ScoreFunction:
         words = (measures, formula, needs, cost, caveat, source)
-        METHODS.add(name, Method(name, function, *words, control, gram, gradient, output_gradient, kinds, measure))
+        method = Method(
+            name,
+            function,
+            *words,
+            control,
+            gram,
+            gradient,
+            output_gradient,
+            kinds,
+            measure,
+            gradient_sketch,
+            impact,
+            contrast,
+            notes,
+        )
+        METHODS.add(name, method)
         return function
 
     return decorate

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, replace
+from functools import partial
 from typing import Any
 
 import torch
@@ -12,13 +14,33 @@ from secateur.errors import CheckpointError, ConfigError
 from secateur.families.geometry import Geometry, Segment, UnitAxis
 from secateur.records.gradients import GradientStatistics, UnitGradients
 from secateur.records.gram import Grams
+from secateur.records.impacts import ImpactStatistics, UnitImpacts, judged_alike
 from secateur.records.scores import Scores
 from secateur.records.statistics import BucketStatistics, Moments, SequenceSums
 from secateur.records.units import BLOCK_KINDS, LAYER
-from secateur.score.method import METHODS, Evidence, Method
+from secateur.score.method import METHODS, Evidence, Method, Outcome
 
 LoadTensor = Callable[[str], Tensor | None]
 """Returns a parameter by name, or None where the model has no such parameter (an absent bias)."""
+
+
+@dataclass(frozen=True, slots=True)
+class TextRecords:
+    """What is known of one text.
+
+    Attributes:
+        statistics: its calibration sums.
+        buckets: names of the buckets it is made of.
+        grams: Gram matrices, where the calibration took them; read one site at a time.
+        gradients: where a gradient pass was made.
+        impacts: what its documents say of the units, where that was collected.
+    """
+
+    statistics: BucketStatistics
+    buckets: tuple[str, ...] = ()
+    grams: Grams | None = None
+    gradients: GradientStatistics | None = None
+    impacts: ImpactStatistics | None = None
 
 
 def unit_weights(axis: UnitAxis, load: LoadTensor, weight_layout: str) -> list[Tensor]:
@@ -55,6 +77,8 @@ def score_units(
     depth_method: str = "",
     depth_options: Mapping[str, Any] | None = None,
     removal_losses: Mapping[str, Sequence[float]] | None = None,
+    impacts: ImpactStatistics | None = None,
+    by_bucket: Mapping[str, TextRecords] | None = None,
 ) -> Scores:
     """Return the importance of every unit of the given kinds.
 
@@ -74,6 +98,8 @@ def score_units(
         depth_options: its options.
         removal_losses: per block kind, for every layer what was measured without its block, for methods with a
             ``measure``; anything where there is no such block.
+        impacts: what the same text's documents say of the units, where that was collected.
+        by_bucket: what is known of each bucket alone that the method's options name.
 
     Raises:
         ConfigError: unknown method or option, one that cannot score a kind, or Gram matrices, gradients or measurements
@@ -93,6 +119,7 @@ def score_units(
     chosen.check_options(options)
     chosen.require_kinds(axis_kinds)
     geometry.require_cuttable(axis_kinds)
+    texts = TextRecords(statistics, tuple(buckets), grams, gradients, impacts)
     values: dict[str, list[Tensor]] = {}
     for kind in blocks:
         measured = _measured(METHODS[depth_method], kind, geometry, removal_losses)
@@ -103,7 +130,7 @@ def score_units(
             if axis.num_units == 0:
                 values[kind].append(torch.zeros(0, dtype=torch.float64))
                 continue
-            evidence = _evidence(chosen, axis, statistics, grams, gradients, geometry, load_tensor, seed)
+            evidence = _evidence(chosen, axis, texts, by_bucket or {}, geometry, load_tensor, seed)
             try:
                 score = chosen.function(evidence, **options)
             except torch.linalg.LinAlgError:  # type: ignore[attr-defined]
@@ -145,11 +172,26 @@ def _measured(
     return removal_losses[kind]
 
 
-def rehearse(method: str, geometry: Geometry, kinds: Sequence[str], options: Mapping[str, Any]) -> None:
+def notes_on(method: str, outcome: Outcome) -> list[str]:
+    """Return what a method says of a plan that was made with its scores."""
+    notes = METHODS[method].notes
+    return [] if notes is None else list(notes(outcome))
+
+
+def rehearse(
+    method: str, geometry: Geometry, kinds: Sequence[str], options: Mapping[str, Any], buckets: Sequence[str] = ()
+) -> None:
     """Run a method on made-up evidence, so that what it refuses is refused before any text is run.
 
+    Args:
+        method: registered name.
+        geometry: of the model.
+        kinds: unit kinds that are to be scored.
+        options: the method's.
+        buckets: names of the buckets that decide.
+
     Raises:
-        ConfigError: unknown method or option, or one that does not fit a unit kind.
+        ConfigError: unknown method or option, or one that does not fit a unit kind or the buckets.
         FamilyError: this family cannot cut a kind that was asked for.
     """
     chosen = METHODS[method]
@@ -162,14 +204,16 @@ def rehearse(method: str, geometry: Geometry, kinds: Sequence[str], options: Map
         chosen.function(_block_evidence(kind, 0, 0.5, 0, 1.0), **options)
     for kind in axis_kinds:
         axis = next(axis for axis in geometry.axes[kind] if axis.num_units)
-        chosen.function(_made_up(kind, width=min(axis.reader_width, 2), linear=len(axis.linear)), **options)
+        made_up = _made_up(kind, tuple(buckets), width=min(axis.reader_width, 2), linear=len(axis.linear))
+        chosen.function(made_up, **options)
 
 
-def _made_up(kind: str, *, width: int, linear: int) -> Evidence:
+def _made_up(kind: str, buckets: tuple[str, ...], *, width: int, linear: int) -> Evidence:
     """Return evidence of two units that are all alike: enough for a method to refuse, and nothing to wait for."""
     units = 2
     ones, channels = torch.ones(units).double(), torch.ones(units * width).double()
-    return Evidence(
+    gradients = UnitGradients(1, ones, ones, ones, ones, ones, torch.ones(1, 1), ones[:, None])
+    evidence = Evidence(
         kind=kind,
         layer=0,
         num_units=units,
@@ -180,9 +224,12 @@ def _made_up(kind: str, *, width: int, linear: int) -> Evidence:
         load_weights=lambda: [ones[:, None]],
         load_reader=lambda: channels[None],
         load_gram=lambda: torch.diag(channels),
-        load_gradients=lambda: UnitGradients(1, ones, ones, ones, ones, torch.ones(1, 1)),
+        load_gradients=lambda: gradients,
         seed=0,
+        load_impacts=lambda: judged_alike(units),
+        buckets=buckets,
     )
+    return replace(evidence, of_bucket=lambda name: replace(evidence, buckets=(name,)))
 
 
 def split_kinds(kinds: Sequence[str]) -> tuple[list[str], list[str]]:
@@ -234,7 +281,7 @@ def _block_evidence(kind: str, layer: int, cosine: float, seed: int, removal_los
         load_weights=list,
         load_reader=lambda: nothing[None],
         load_gram=lambda: nothing[None],
-        load_gradients=lambda: UnitGradients(0, nothing, nothing, nothing, nothing),
+        load_gradients=lambda: UnitGradients(0, nothing, nothing, nothing, nothing, nothing),
         seed=seed,
         cosine=cosine,
         removal_loss=removal_loss,
@@ -273,9 +320,9 @@ def _mean_gram(method: Method, axis: UnitAxis, grams: Grams | None) -> Tensor:
 
 
 def _plain_methods(kind: str) -> str:
-    """Return the names of the methods for a unit kind that read neither Gram matrices nor gradients."""
+    """Return the names of the methods for a unit kind that read the calibration sums and weights of one text alone."""
     able = {name: method for name, method in METHODS.items() if kind in method.kinds and not method.control}
-    return ", ".join(name for name, method in able.items() if not (method.gram or method.gradient))
+    return ", ".join(name for name, m in able.items() if not (m.gram or m.gradient or m.impact or m.contrast))
 
 
 def _unit_gradients(method: Method, axis: UnitAxis, gradients: GradientStatistics | None) -> UnitGradients:
@@ -287,29 +334,51 @@ def _unit_gradients(method: Method, axis: UnitAxis, gradients: GradientStatistic
     return gradients.units[axis.layer, axis.kind]
 
 
+def _unit_impacts(method: Method, axis: UnitAxis, impacts: ImpactStatistics | None) -> UnitImpacts:
+    if impacts is None:
+        raise ConfigError(
+            f"method {method.name} needs to know what single documents need, and these statistics do not say; take it "
+            f"with the calibration (impacts=True), or use a method that does without: {_plain_methods(axis.kind)}."
+        )
+    return impacts.units[axis.layer, axis.kind]
+
+
 def _evidence(
     method: Method,
     axis: UnitAxis,
-    statistics: BucketStatistics,
-    grams: Grams | None,
-    gradients: GradientStatistics | None,
+    text: TextRecords,
+    by_bucket: Mapping[str, TextRecords],
     geometry: Geometry,
     load: LoadTensor,
     seed: int,
 ) -> Evidence:
-    linear = [statistics.linear_abs[axis.layer, f"{axis.kind}.linear{i}"] for i in range(len(axis.linear))]
-    moments, layout = statistics.moments[axis.site], geometry.family.weight_layout
+    statistics, site = text.statistics, axis.site
+    moments, layout = statistics.moments[site], geometry.family.weight_layout
+    device = moments.sum.device
+
+    def of_bucket(name: str) -> Evidence:
+        if name not in by_bucket:
+            known = f"there are {', '.join(by_bucket)}" if by_bucket else "there are none"
+            raise ConfigError(
+                f"method {method.name} looks at bucket {name!r} alone, and no statistics of it were given ({known}). "
+                "Calibrate on it, or name another bucket in the method's options."
+            )
+        return _evidence(method, axis, by_bucket[name], by_bucket, geometry, load, seed)
+
     return Evidence(
         kind=axis.kind,
         layer=axis.layer,
         num_units=axis.num_units,
         width=axis.reader_width,
         moments=moments,
-        sequences=statistics.sequences[axis.site],
-        linear_abs=linear,
+        sequences=statistics.sequences[site],
+        linear_abs=[statistics.linear_abs[axis.layer, f"{axis.kind}.linear{i}"] for i in range(len(axis.linear))],
         load_weights=lambda: unit_weights(axis, load, layout),
-        load_reader=lambda: _reader_weight(axis, load, layout).to(moments.sum.device),
-        load_gram=lambda: _mean_gram(method, axis, grams).to(moments.sum.device),
-        load_gradients=lambda: _unit_gradients(method, axis, gradients),
+        load_reader=lambda: _reader_weight(axis, load, layout).to(device),
+        load_gram=lambda: _mean_gram(method, axis, text.grams).to(device),
+        load_gradients=partial(_unit_gradients, method, axis, text.gradients),
         seed=seed,
+        load_impacts=partial(_unit_impacts, method, axis, text.impacts),
+        of_bucket=of_bucket,
+        buckets=text.buckets,
     )

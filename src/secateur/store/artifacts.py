@@ -20,14 +20,16 @@ from torch import Tensor
 
 from secateur.errors import CheckpointError, ExportError
 from secateur.files import replacing
-from secateur.records.gradients import SUMS, GradientStatistics, UnitGradients
+from secateur.records.gradients import OPTIONAL, SUMS, GradientStatistics, UnitGradients
+from secateur.records.impacts import TENSORS, ImpactStatistics, UnitImpacts
 from secateur.records.scores import Scores
 from secateur.records.statistics import BucketStatistics, Moments, SequenceSums
 from secateur.records.token_counts import TokenCounts
 from secateur.records.units import ATTENTION, FFN
 
 STATISTICS_VERSION = 2
-GRADIENTS_VERSION = 1
+GRADIENTS_VERSION = 2
+IMPACTS_VERSION = 1
 TOKEN_COUNTS_VERSION = 1
 _DISK_FULL = "the disk is full: {} could not be written. Free space, or choose another output."
 
@@ -210,8 +212,8 @@ def write_gradients(path: Path, gradients: GradientStatistics, metadata: Mapping
     for (layer, kind), units in gradients.units.items():
         place = f"units/{layer}/{kind}"
         tensors |= {f"{place}/{name}": getattr(units, name) for name in SUMS}
-        if units.output is not None:
-            tensors[f"{place}/output"] = units.output
+        asked = {name: getattr(units, name) for name in OPTIONAL}
+        tensors |= {f"{place}/{name}": found for name, found in asked.items() if found is not None}
         counts[place] = units.count
     plain = {"schema_version": GRADIENTS_VERSION, "num_tokens": gradients.num_tokens, "counts": counts}
     _write_tensors(path, tensors, {**plain, **metadata})
@@ -229,11 +231,45 @@ def read_gradients(path: Path) -> GradientStatistics:
     try:
         units = {
             _site(place): UnitGradients(
-                count, **{name: tensors[f"{place}/{name}"] for name in SUMS}, output=tensors.get(f"{place}/output")
+                count,
+                **{name: tensors[f"{place}/{name}"] for name in SUMS},
+                output=tensors.get(f"{place}/output"),
+                sketch=tensors.get(f"{place}/sketch"),
             )
             for place, count in metadata["counts"].items()
         }
         return GradientStatistics(metadata["num_tokens"], units)
+    except KeyError as error:
+        raise CheckpointError(f"{path} lacks {error}. Delete it; it will be made again.") from None
+
+
+def write_impacts(path: Path, impacts: ImpactStatistics, metadata: Mapping[str, Any]) -> None:
+    """Write what one bucket's documents say of the units as ``path`` (.safetensors) and a JSON file beside it."""
+    tensors: dict[str, Tensor] = {}
+    counts: dict[str, int] = {}
+    for (layer, kind), units in impacts.units.items():
+        place = f"units/{layer}/{kind}"
+        tensors |= {f"{place}/{name}": getattr(units, name) for name in TENSORS}
+        counts[place] = units.count
+    plain = {"schema_version": IMPACTS_VERSION, "num_documents": impacts.num_documents, "counts": counts}
+    _write_tensors(path, tensors, {**plain, **metadata})
+
+
+def read_impacts(path: Path) -> ImpactStatistics:
+    """Return what ``write_impacts`` wrote.
+
+    Raises:
+        CheckpointError: the files are missing, broken, or of another version.
+    """
+    metadata, tensors = read_json(path.with_suffix(".json")), _read_tensors(path)
+    if metadata.get("schema_version") != IMPACTS_VERSION:
+        raise CheckpointError(f"{path} has another version of the impacts. Delete it; it will be made again.")
+    try:
+        units = {
+            _site(place): UnitImpacts(count, **{name: tensors[f"{place}/{name}"] for name in TENSORS})
+            for place, count in metadata["counts"].items()
+        }
+        return ImpactStatistics(metadata["num_documents"], units)
     except KeyError as error:
         raise CheckpointError(f"{path} lacks {error}. Delete it; it will be made again.") from None
 

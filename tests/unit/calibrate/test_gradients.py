@@ -48,7 +48,7 @@ def masks_on_readers(model: Any, geometry: Geometry, kinds: list[str], stack: Ex
 
 
 def differentiated(name: str) -> dict[SiteKey, Tensor]:
-    """Return the four sums by plain backward passes, documents unpacked, with the gradients of all weights at once."""
+    """Return the five sums by plain backward passes, documents unpacked, with the gradients of all weights at once."""
     model, geometry, kinds, _ = taken(name)
     model.requires_grad_(True)
     parameters = dict(model.named_parameters())
@@ -69,7 +69,8 @@ def differentiated(name: str) -> dict[SiteKey, Tensor]:
             gradients = unit_weights(axis, lambda n: _gradient(parameters.get(n)), geometry.family.weight_layout)
             s = torch.cat([w.detach() * g for w, g in zip(weights, gradients, strict=True)], 1)
             assert mask.grad is not None
-            found = torch.stack([mask.grad**2, s.abs().sum(1), (s**2).sum(1), (s - s**2 / 2).abs().sum(1)])
+            parts = [mask.grad**2, s.abs().sum(1), (s**2).sum(1), (s - s**2 / 2).abs().sum(1), mask.grad.abs()]
+            found = torch.stack(parts)
             totals[site] = totals[site] + found if site in totals else found
     return totals
 
@@ -88,7 +89,8 @@ def test_sums_equal_automatic_differentiation(name: str) -> None:
     assert set(ours.units) == set(expected)
     for site, units in ours.units.items():
         assert units.count == 4
-        found = torch.stack([getattr(units, sum_) for sum_ in ("mask_sq", "weight_abs", "weight_sq", "weight_mixed")])
+        names = ("mask_sq", "weight_abs", "weight_sq", "weight_mixed", "mask_abs")
+        found = torch.stack([getattr(units, sum_) for sum_ in names])
         torch.testing.assert_close(found, expected[site], rtol=tolerance, atol=1e-12)
 
 
@@ -227,3 +229,39 @@ def test_output_gradients_are_those_of_plain_backward_passes() -> None:
         output = found.units[site].output
         assert output is not None
         torch.testing.assert_close(output, total)
+
+
+def test_sketches_tell_how_alike_the_gradients_of_two_texts_are() -> None:
+    """Cosines of summed gradients, all slices of a unit together, to what random projections know: about an eighth."""
+    model, geometry, kinds, _ = taken("llama")
+    sketches, exact = [], []
+    for seed in (0, 1):
+        blocks = hand_made_blocks(seed=seed)
+        found = collect_gradients(model, blocks, geometry, kinds, sketch=True)
+        sketches.append({site: units.sketch for site, units in found.units.items()})
+        exact.append(summed_gradients(model, geometry, kinds, blocks))
+    errors = []
+    for site in sketches[0]:
+        estimated, true = (nn.functional.cosine_similarity(a[site], b[site], dim=1) for a, b in (sketches, exact))
+        errors.append(estimated - true)
+    assert float(torch.cat(errors).square().mean().sqrt()) < 0.2
+    assert abs(float(torch.cat(errors).mean())) < 0.05
+    assert collect_gradients(model, hand_made_blocks(), geometry, kinds).units[0, "ffn_channel"].sketch is None
+
+
+def summed_gradients(model: Any, geometry: Geometry, kinds: list[str], blocks: HandMadeBlocks) -> dict[SiteKey, Tensor]:
+    """Return the sum over blocks of the gradient of each unit's weights, without biases, by plain backward passes."""
+    model.requires_grad_(True)
+    model.zero_grad()
+    for batch in blocks.batches(1):
+        block_loss(model, batch, geometry).backward()
+    weights = {name: value for name, value in model.named_parameters() if name.endswith("weight")}
+    gradients = {
+        (axis.layer, kind): torch.cat(
+            unit_weights(axis, lambda n: _gradient(weights.get(n)), geometry.family.weight_layout), 1
+        )
+        for kind in kinds
+        for axis in geometry.axes[kind]
+    }
+    model.zero_grad()
+    return gradients

@@ -26,7 +26,7 @@ def doubles(*values: float) -> Tensor:
 
 STEP = 0.02
 """Large enough for losses whose norms are taken in float32."""
-SUMS = UnitGradients(4, doubles(4, 8), doubles(12, 16), doubles(20, 24), doubles(28, 32))
+SUMS = UnitGradients(4, doubles(4, 8), doubles(12, 16), doubles(20, 24), doubles(28, 32), doubles(36, 40))
 ITEM = evidence(torch.ones(1, 2), load_gradients=lambda: SUMS)
 
 

@@ -26,7 +26,7 @@ def _evidence(width: int = 1, output: Tensor | None = None) -> Evidence:
     nothing = torch.zeros(CHANNELS // width, dtype=torch.float64)
     if output is None:
         output = GRADIENTS.T @ GRADIENTS
-    found = UnitGradients(1, nothing, nothing, nothing, nothing, output)
+    found = UnitGradients(1, *[nothing] * 5, output)
     return replace(second_order(TOKENS, READER, width), load_gradients=lambda: found)
 
 
@@ -69,7 +69,7 @@ def test_a_unit_that_writes_where_the_loss_does_not_look_is_cheap() -> None:
     tokens = torch.randn(50, OUTPUTS, dtype=torch.float64, generator=torch.Generator().manual_seed(1))
     output = torch.diag(torch.tensor([1.0, 1.0, 1.0, 0.0]).double())
     nothing = torch.zeros(OUTPUTS, dtype=torch.float64)
-    found = UnitGradients(1, nothing, nothing, nothing, nothing, output)
+    found = UnitGradients(1, *[nothing] * 5, output)
     scores = kfac(replace(second_order(tokens, reader), load_gradients=lambda: found), greedy=False)
     assert int(scores.argmin()) == OUTPUTS - 1
 
@@ -79,6 +79,6 @@ def test_what_cannot_be_is_refused() -> None:
     with pytest.raises(ConfigError, match="got step 2 without greedy: true"):
         kfac(_evidence(), greedy=False, step=2)
     nothing = torch.zeros(CHANNELS, dtype=torch.float64)
-    found = UnitGradients(1, nothing, nothing, nothing, nothing)
+    found = UnitGradients(1, *[nothing] * 5)
     with pytest.raises(ConfigError, match="needs the gradients at the outputs"):
         kfac(replace(second_order(TOKENS, READER), load_gradients=lambda: found))

@@ -11,14 +11,14 @@ import pytest
 import torch
 from torch import Tensor
 
-from secateur.calibrate import collect, collect_gradients
+from secateur.calibrate import collect, collect_gradients, collect_impacts
 from secateur.errors import CheckpointError, ConfigError, FamilyError
 from secateur.families.geometry import Geometry
 from secateur.families.loader import families
 from secateur.records.gram import GramsInMemory
 from secateur.records.statistics import BucketStatistics
 from secateur.records.units import ATTENTION, BLOCK_KINDS, LAYER_UNIT_KINDS, QUERY_HEAD, SITE_OF
-from secateur.score import METHODS, Evidence, Method, rehearse, score_units
+from secateur.score import METHODS, Evidence, Method, TextRecords, rehearse, score_units
 from secateur.score.run import unit_weights
 from tests.blocks import hand_made_blocks
 from tests.conftest import geometry_of, pico_model
@@ -281,11 +281,52 @@ def test_gram_matrices_are_read_only_by_methods_that_need_them() -> None:
             raise AssertionError(f"{site} was read")
 
     load = model.state_dict().get
-    gradients = collect_gradients(model, hand_made_blocks(), geometry, ["ffn_channel"])
+    gradients = collect_gradients(model, hand_made_blocks(), geometry, ["ffn_channel"], sketch=True)
+    impacts = collect_impacts(model, hand_made_blocks(), geometry, ["ffn_channel"])
+    text = TextRecords(statistics, ("general",), Closed(), gradients, impacts)
+    have: dict[str, Any] = {"grams": Closed(), "gradients": gradients, "impacts": impacts}
     for method in set(WIDTH_METHODS) - set(GRAM_METHODS):
         score_units(
-            method, statistics, geometry, ["ffn_channel"], load_tensor=load, grams=Closed(), gradients=gradients
+            method, statistics, geometry, ["ffn_channel"], load_tensor=load, by_bucket={"general": text}, **have
         )
+
+
+def test_what_is_known_of_a_bucket_alone_reaches_the_method() -> None:
+    """Everything that is known of a text, under its name; a bucket that nothing is known of is refused by name."""
+    model, geometry, statistics = calibrated("llama")
+    other = collect(model, hand_made_blocks(seed=3), geometry)
+    texts = {"general": TextRecords(other, ("general",))}
+    load, how = model.state_dict().get, {"options": {"by": "ratio"}}
+    scores = score_units("contrast", statistics, geometry, ["ffn_channel"], load_tensor=load, by_bucket=texts, **how)
+    here, there = (
+        score_units("activation_norm", text, geometry, ["ffn_channel"], load_tensor=load).values["ffn_channel"][1]
+        for text in (statistics, other)
+    )
+    expected = (here / here.mean() + 1e-3) / (there / there.mean() + 1e-3)
+    torch.testing.assert_close(scores.values["ffn_channel"][1], expected)
+    with pytest.raises(ConfigError, match=r"contrast looks at bucket 'general' alone, .*\(there are law\)"):
+        texts = {"law": texts["general"]}
+        score_units("contrast", statistics, geometry, ["ffn_channel"], load_tensor=load, by_bucket=texts)
+
+
+def test_impacts_that_were_not_taken_are_asked_for() -> None:
+    """The message says what to do, and which methods do without."""
+    _, geometry, statistics = calibrated("llama")
+    with pytest.raises(ConfigError, match=f"cus_prun needs to know .*impacts=True.* without: {PLAIN_METHODS}"):
+        score_units("cus_prun", statistics, geometry, ["ffn_channel"], load_tensor=refuse)
+
+
+def test_rehearsing_knows_the_buckets() -> None:
+    """What does not fit them is refused before any text is run."""
+    geometry = calibrated("llama")[1]
+    options = {"dimensions": {"language": ["zh"]}}
+    rehearse("cus_prun", geometry, LAYER_UNIT_KINDS, options, ["zh"])
+    with pytest.raises(ConfigError, match="leaves out law, whose text decides"):
+        rehearse("cus_prun", geometry, LAYER_UNIT_KINDS, options, ["zh", "law"])
+    with pytest.raises(ConfigError, match="no text for domain"):
+        rehearse("cus_prun", geometry, LAYER_UNIT_KINDS, {"dimensions": {"language": ["zh"], "domain": []}}, ["zh"])
+    with pytest.raises(ConfigError, match="bucket 'general' against itself"):
+        rehearse("contrast", geometry, LAYER_UNIT_KINDS, {}, ["general"])
 
 
 @pytest.mark.parametrize("method", GRAM_METHODS)
