@@ -1,7 +1,7 @@
 """A pruned model as one GGUF file for llama.cpp and what is built on it; read back and compared before it is named.
 
-The ``gguf`` library writes and quantises; llama.cpp itself is not needed. Parameters are read, converted and written
-one at a time. What comes from where is decided in ``gguf_architectures`` and ``gguf_tokenizer``.
+The ``gguf`` library writes; llama.cpp itself is needed for k-quants only. Parameters are read, converted and written
+one at a time. What comes from where is decided in ``gguf_architectures``, ``gguf_tokenizer`` and ``gguf_types``.
 """
 
 from __future__ import annotations
@@ -15,13 +15,15 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-from gguf import GGML_QUANT_SIZES, GGMLQuantizationType, GGUFReader, GGUFWriter, LlamaFileType, quants
+from gguf import GGML_QUANT_SIZES, GGMLQuantizationType, GGUFReader, GGUFWriter, quants
 from numpy.typing import NDArray
 
 from secateur.errors import ExportError
+from secateur.export import ggml
 from secateur.export.gguf_architectures import Layout, TensorSource, Value, plan_layout
 from secateur.export.gguf_tokenizer import TokenizerLayout, plan_tokenizer
-from secateur.export.stored import StoredParameters, open_parameters
+from secateur.export.gguf_types import Quantization, kind_notes, pack, quantization, tensor_kinds
+from secateur.export.stored import StoredParameters, load_description, open_parameters
 from secateur.files import replacing_path
 from secateur.store.artifacts import disk_errors
 from secateur.store.checkpoints import read_generation_config
@@ -29,10 +31,6 @@ from secateur.store.tokenizers import tokenizer_data
 
 Array = NDArray[np.float32]
 
-QUANTIZATIONS = ("F32", "F16", "BF16", "Q8_0", "Q5_1", "Q5_0", "Q4_1", "Q4_0")
-"""What the ``gguf`` library quantises by itself."""
-SPEED_MULTIPLE = 32
-"""Widths that are no multiple of this are slow in llama.cpp, whatever the type."""
 _STEP = {
     "F32": 0.0,
     "F16": 2**-10,
@@ -42,13 +40,16 @@ _STEP = {
     "Q5_0": 1 / 14,
     "Q4_1": 1 / 6,
     "Q4_0": 1 / 6,
+    "Q6_K": 0.04,
+    "Q5_K": 0.09,
+    "Q4_K": 0.16,
+    "Q3_K": 0.35,
+    "Q2_K": 0.7,
 }
-"""Largest allowed difference of a weight, over the largest weight of its row."""
+"""Largest allowed difference of a weight, over the largest of its row; for k-quants 1.3 times what was seen."""
 _SMALLEST = 1e-5
-"""Differences below this come from the short exponents of float16 scales."""
-_KEPT_WIDE = ("position_embd",)
-_SENSITIVE = ("token_embd", "output")
-"""In four- and five-bit files these stay at eight bits: every token passes through them."""
+_FACTOR = {"Q2_K": 15 * 3, "Q3_K": 32 * 4, "Q4_K": 63 * 16, "Q5_K": 63 * 32, "Q6_K": 128 * 32}
+"""The largest number that a k-quant multiplies its float16 scales by."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -58,7 +59,7 @@ class GgufReport:
     Attributes:
         file: where.
         architecture: llama.cpp's name; ``deci`` or ``openelm`` where layers differ.
-        quantization: of the matrices; norms and biases are F32.
+        quantization: of the matrices, or the mixture of theirs; norms and biases are F32.
         num_tensors: in the file.
         size_bytes: of the file.
         largest_error: largest difference between a weight read back and the model's, over the largest of its row.
@@ -81,14 +82,20 @@ class GgufPlan:
     Attributes:
         layout: tensors and the model's metadata.
         tokenizer: metadata of the tokenizer; None where none was given.
-        kind: type of the matrices.
+        quantization: of the matrices.
         kinds: type of every tensor, by name.
     """
 
     layout: Layout
     tokenizer: TokenizerLayout | None
-    kind: GGMLQuantizationType
+    quantization: Quantization
     kinds: Mapping[str, GGMLQuantizationType]
+
+    @property
+    def notes(self) -> tuple[str, ...]:
+        """What a user of the file should know."""
+        described = () if self.tokenizer is None else self.tokenizer.notes
+        return (*self.layout.notes, *described, *kind_notes(self.layout, self.kinds, self.quantization))
 
 
 def plan_gguf(
@@ -104,23 +111,21 @@ def plan_gguf(
     Args:
         config: the plain data of its configuration, defaults included.
         shapes: the shape of every stored parameter.
-        quantize: one of ``QUANTIZATIONS``.
+        quantize: one of ``gguf_types.QUANTIZATIONS``.
         tokenizer: its transformers tokenizer; None leaves the tokenizer out of the check.
         generation: the plain data of its generation configuration.
 
     Raises:
         ExportError: llama.cpp cannot express the model, its tokenizer or the quantisation.
     """
-    kind = quantization(quantize)
+    chosen = quantization(quantize)
     layout = plan_layout(config, shapes)
     described = None
     if tokenizer is not None:
         rows = layout.metadata[f"{layout.architecture}.vocab_size"]
         assert isinstance(rows, int)
         described = plan_tokenizer(tokenizer_data(tokenizer), _special_ids(config, generation or {}, tokenizer), rows)
-    kinds = {tensor.name: _tensor_kind(tensor, kind) for tensor in layout.tensors}
-    _require_blocks(layout, kinds)
-    return GgufPlan(layout, described, kind, kinds)
+    return GgufPlan(layout, described, chosen, tensor_kinds(layout, chosen))
 
 
 def export_gguf(
@@ -138,15 +143,17 @@ def export_gguf(
     Args:
         folder: model, configuration and tokenizer, as ``export_huggingface`` writes them.
         target: the file; replaced if it exists.
-        quantize: one of ``QUANTIZATIONS``.
+        quantize: one of ``gguf_types.QUANTIZATIONS``.
         name: of the model, for those who read the file; by default the folder's.
         check: called with the finished file before it gets its name; where it raises, there is no such name.
 
     Raises:
         ExportError: llama.cpp cannot express the model, its tokenizer or the quantisation; the disk is full; or the
             file does not read back as the model.
+        UnavailableError: the quantisation needs llama.cpp's own library, and it is not installed.
     """
-    quantization(quantize)
+    if quantization(quantize).is_mixture:
+        ggml.require_ggml()
     with open_parameters(folder) as parameters:
         config, tokenizer = load_description(folder)
         planned = plan_gguf(
@@ -156,12 +163,12 @@ def export_gguf(
             tokenizer=tokenizer,
             generation=read_generation_config(folder),
         )
-        layout, kinds, kind = planned.layout, planned.kinds, planned.kind
+        layout, kinds = planned.layout, planned.kinds
         assert planned.tokenizer is not None
         size = sum(_num_bytes(tensor.shape, kinds[tensor.name]) for tensor in layout.tensors)
         metadata = {
             "general.name": _model_name(name or folder.resolve().name, tokenizer),
-            "general.file_type": _file_type(kind),
+            "general.file_type": planned.quantization.file_type,
             "general.quantization_version": 2,
             **layout.metadata,
             **planned.tokenizer.metadata,
@@ -177,59 +184,12 @@ def export_gguf(
         return GgufReport(
             file=target,
             architecture=layout.architecture,
-            quantization=kind.name,
+            quantization=planned.quantization.name,
             num_tensors=len(layout.tensors),
             size_bytes=target.stat().st_size,
             largest_error=error,
-            notes=(*layout.notes, *planned.tokenizer.notes),
+            notes=planned.notes,
         )
-
-
-def quantization(name: str) -> GGMLQuantizationType:
-    """Return a type by its name, in capitals or not.
-
-    Raises:
-        ExportError: it is not one of ``QUANTIZATIONS``.
-    """
-    if name.upper() in QUANTIZATIONS:
-        return GGMLQuantizationType[name.upper()]
-    advice = ""
-    if "_K" in name.upper() or name.upper().startswith("IQ"):
-        advice = " Write F16 and run llama.cpp's own llama-quantize on that file."
-    raise ExportError(f"unknown quantisation {name!r}; known: {', '.join(QUANTIZATIONS)}.{advice}")
-
-
-def block_size(name: str) -> int:
-    """Return how many weights of a row a type stores together; rows must be multiples of it."""
-    return int(GGML_QUANT_SIZES[quantization(name)][0])
-
-
-def bytes_per_weight(name: str) -> float:
-    """Return what a weight takes in a type, scales included."""
-    block, size = GGML_QUANT_SIZES[quantization(name)]
-    return float(size / block)
-
-
-def _file_type(kind: GGMLQuantizationType) -> int:
-    plain = {"F32": "ALL_F32"}
-    return int(LlamaFileType[plain.get(kind.name, f"MOSTLY_{kind.name}")])
-
-
-def load_description(folder: Path) -> tuple[dict[str, Any], Any]:
-    """Return a folder's configuration as plain data, defaults included, and its tokenizer.
-
-    Raises:
-        ExportError: transformers does not load them.
-    """
-    from transformers import AutoConfig, AutoTokenizer
-
-    from secateur.store.modeling import register_uneven_models
-
-    register_uneven_models()
-    try:
-        return AutoConfig.from_pretrained(folder).to_dict(), AutoTokenizer.from_pretrained(folder)
-    except (OSError, ValueError, KeyError) as error:
-        raise ExportError(f"{folder} is not a model folder that transformers loads: {error}.") from None
 
 
 def _chat_template(tokenizer: Any) -> dict[str, Value]:
@@ -267,43 +227,6 @@ def _special_ids(config: Mapping[str, Any], generation: Mapping[str, Any], token
     return {name: int(number) for name, number in ids.items() if number is not None}
 
 
-def _tensor_kind(tensor: TensorSource, kind: GGMLQuantizationType) -> GGMLQuantizationType:
-    """Return how a tensor is stored: vectors and positions in F32, as llama.cpp wants them."""
-    stem = tensor.name.removesuffix(".weight")
-    if len(tensor.shape) < 2 or stem in _KEPT_WIDE:
-        return GGMLQuantizationType.F32
-    if kind.name.startswith(("Q4", "Q5")) and stem in _SENSITIVE:
-        return GGMLQuantizationType.Q8_0
-    return kind
-
-
-def _require_blocks(layout: Layout, kinds: Mapping[str, GGMLQuantizationType]) -> None:
-    """Refuse rows that are no whole number of quantisation blocks, before anything is written."""
-    wrong: dict[int, list[str]] = {}
-    block = 1
-    for tensor in layout.tensors:
-        size = GGML_QUANT_SIZES[kinds[tensor.name]][0]
-        if tensor.shape[-1] % size:
-            block = size
-            wrong.setdefault(tensor.shape[-1], []).append(tensor.name)
-    if wrong:
-        parts = [
-            f"{', '.join(names[:3])}{f' and {len(names) - 3} more' if len(names) > 3 else ''} have rows of {width} "
-            f"(nearest that fit: {_nearest(width, block)})"
-            for width, names in sorted(wrong.items())[:5]
-        ]
-        more = f"; and {len(wrong) - 5} more widths" if len(wrong) > 5 else ""
-        raise ExportError(
-            f"quantised rows hold whole blocks of {block} weights, and {'; '.join(parts)}{more}. Write F16 or BF16, or "
-            f"prune to widths that are multiples of {block}."
-        )
-
-
-def _nearest(width: int, block: int) -> str:
-    below = width // block * block
-    return f"{below} or {below + block}" if below else str(block)
-
-
 def _num_bytes(shape: tuple[int, ...], kind: GGMLQuantizationType) -> int:
     block, size = GGML_QUANT_SIZES[kind]
     return math.prod(shape) // int(block) * int(size)
@@ -327,6 +250,8 @@ def _values(tensor: TensorSource, parameters: StoredParameters) -> Array:
     array = parts[0] if len(parts) == 1 else np.concatenate(parts)
     if tensor.transposed:
         array = array.T
+    if tensor.interleaved:
+        array = _queries_first(array, tensor.interleaved)
     if tensor.heads:
         array = _rotary_pairs(array, tensor.heads)
     if tensor.offset:
@@ -338,6 +263,12 @@ def _rotary_pairs(rows: Array, heads: int) -> Array:
     """Return the rows with those that rotate together side by side; transformers keeps them half a head apart."""
     halves = rows.reshape(heads, 2, len(rows) // heads // 2, *rows.shape[1:])
     return halves.swapaxes(1, 2).reshape(rows.shape)
+
+
+def _queries_first(rows: Array, heads: int) -> Array:
+    """Return the rows of queries, then keys, then values; GPT-NeoX keeps the three of each head together."""
+    parts = rows.reshape(heads, 3, len(rows) // heads // 3, *rows.shape[1:])
+    return parts.swapaxes(0, 1).reshape(rows.shape)
 
 
 def _write(
@@ -382,7 +313,7 @@ def _quantized(tensor: TensorSource, kind: GGMLQuantizationType, parameters: Sto
     if not np.isfinite(values).all():
         raise ExportError(f"{', '.join(tensor.parameters)} has values that are not finite. Prune again.")
     with np.errstate(over="ignore", divide="ignore", invalid="ignore"):
-        stored: NDArray[Any] = quants.quantize(values, kind)
+        stored: NDArray[Any] = pack(values, kind)
     if stored.dtype == np.float16 and not np.isfinite(stored).all():
         raise ExportError(
             f"{', '.join(tensor.parameters)} has the value {np.abs(values).max():.3g}, and float16 ends at 65504. "
@@ -427,9 +358,16 @@ def _error(tensor: TensorSource, stored: Any, kind: GGMLQuantizationType, parame
         )
     largest = np.abs(expected).max(axis=-1, initial=0.0)
     difference = np.abs(found - expected).max(axis=-1, initial=0.0)
-    wrong = difference > _STEP[kind.name] * largest + (_SMALLEST if kind != GGMLQuantizationType.F32 else 0.0)
+    wrong = difference > _STEP[kind.name] * largest + _coarseness(kind)
     if wrong.any() or not np.isfinite(found).all():
         raise ExportError(
             f"{tensor.name} reads back with an error of {difference.max():.3g}; the file is not kept. Report this."
         )
     return float((difference / np.maximum(largest, _SMALLEST)).max(initial=0.0))
+
+
+def _coarseness(kind: GGMLQuantizationType) -> float:
+    """Return the largest difference that the short exponents of float16 scales make, however small the weights are."""
+    if kind == GGMLQuantizationType.F32:
+        return 0.0
+    return max(_SMALLEST, _FACTOR.get(kind.name, 0) * 2.0**-25)

@@ -19,6 +19,7 @@ from typing import Any, Literal
 from pydantic import BaseModel, ConfigDict
 
 from secateur.errors import ExportError
+from secateur.export.stored import LayerSizes, Shapes, stored_shape
 from secateur.families.geometry import resolve_dimensions
 from secateur.families.loader import UNEVEN_PREFIX, dense_model_type, families
 from secateur.families.schema import Family
@@ -33,7 +34,6 @@ _STAND_IN_WIDTH = 32
 """Width of a feed-forward sub-layer of zeros: one quantisation block."""
 _PER_LAYER = ("deci", "openelm")
 
-Shapes = Mapping[str, tuple[int, ...]]
 Value = bool | int | float | str | list[int] | list[float] | list[str]
 
 
@@ -52,10 +52,13 @@ class Architecture(BaseModel):
     layer: dict[str, str]
     metadata: dict[str, str]
     require: dict[str, tuple[Any, ...]] = {}
+    nearly: dict[str, tuple[Any, ...]] = {}
+    interleaved: tuple[str, ...] = ()
     context: str = "max_position_embeddings"
     window_limits_context: bool = False
     window_pattern: int | None = None
     query_scale: bool = False
+    head_bias: bool = False
     ignored: tuple[str, ...] = ()
 
 
@@ -76,6 +79,8 @@ class TensorSource:
         parameters: names in the checkpoint, joined along the first axis; none for a stand-in.
         transposed: the checkpoint keeps (in, out).
         heads: the rows of so many heads are reordered, so that rotary pairs lie side by side; 0 for none.
+        interleaved: the rows are the query, key and value of so many heads in turn, and all queries go first; 0 where
+            they are not.
         offset: added to every value.
         values: the values of a tensor that no parameter gives.
     """
@@ -85,6 +90,7 @@ class TensorSource:
     parameters: tuple[str, ...] = ()
     transposed: bool = False
     heads: int = 0
+    interleaved: int = 0
     offset: float = 0.0
     values: tuple[float, ...] = ()
 
@@ -104,16 +110,6 @@ class Layout:
     metadata: dict[str, Value]
     tensors: tuple[TensorSource, ...]
     notes: tuple[str, ...]
-
-
-@dataclass(frozen=True, slots=True)
-class _Layer:
-    """One layer's place in the checkpoint and its sizes; a size of 0 says that the sub-layer was removed."""
-
-    place: int
-    heads: int
-    kv_heads: int
-    width: int
 
 
 def plan_layout(config: Mapping[str, Any], shapes: Shapes) -> Layout:
@@ -168,17 +164,17 @@ class _Planner:
     def _name(self, place: int, module: str, kind: str = "weight") -> str:
         return f"{self.family.layers}.{place}.{module}.{kind}"
 
-    def _layer(self, place: int) -> _Layer:
+    def _layer(self, place: int) -> LayerSizes:
         down = self.shapes.get(self._name(place, self.modules["ffn_down"]))
         columns = 0 if self.family.weight_layout == "in_out" else 1
         width = 0 if down is None else down[columns]
         if self._name(place, self.modules["attn_output"]) not in self.shapes:
-            return _Layer(place, 0, 0, width)
+            return LayerSizes(place, 0, 0, width)
         if "attn_qkv" in self.modules:
             heads = self.sizes["num_attention_heads"]
-            return _Layer(place, heads, self.sizes.get("num_key_value_heads", heads), width)
-        rows = [self._shape(self._name(place, self.modules[name]))[0] for name in ("attn_q", "attn_k")]
-        return _Layer(place, rows[0] // self.head_dim, rows[1] // self.head_dim, width)
+            return LayerSizes(place, heads, self.sizes.get("num_key_value_heads", heads), width)
+        rows = [stored_shape(self.shapes, self._name(place, self.modules[name]))[0] for name in ("attn_q", "attn_k")]
+        return LayerSizes(place, rows[0] // self.head_dim, rows[1] // self.head_dim, width)
 
     def _choose(self) -> str:
         """Return the plain architecture where it fits, else the one that takes sizes per layer."""
@@ -208,6 +204,8 @@ class _Planner:
     def _require_values(self) -> None:
         for key, allowed in self.table.require.items():
             value = self.config.get(key)
+            if value in self.table.nearly.get(key, ()):
+                self.notes.append(f"llama.cpp approximates {key} {value!r}, so its answers differ a little.")
             if value is not None and value not in allowed:
                 wanted = " or ".join(repr(item) for item in allowed) or "none"
                 raise ExportError(
@@ -242,30 +240,33 @@ class _Planner:
                 "use the Hugging Face folder."
             )
 
-    def _shape(self, name: str) -> tuple[int, ...]:
-        if name not in self.shapes:
-            raise ExportError(f"the model folder has no parameter {name}. Export the model again.")
-        return self.shapes[name]
-
     def _tensor(self, name: str, parameter: str, **how: Any) -> TensorSource:
-        shape = self._shape(parameter)
+        shape = stored_shape(self.shapes, parameter)
         self.used.add(parameter)
         shape = shape[::-1] if how.get("transposed") else shape
         return TensorSource(name, shape, (parameter,), **how)
 
     def _model_tensors(self) -> list[TensorSource]:
         tensors = []
-        for module, theirs in self.table.model.items():
+        for theirs, modules in self._model_modules().items():
+            module = next((name for name in modules if f"{name}.weight" in self.shapes), modules[-1])
             if theirs == "output" and self.tied:
                 self.used.add(f"{module}.weight")
                 continue
             offset = self.table.norm_offset if theirs.endswith("norm") else 0.0
             tensors.append(self._tensor(f"{theirs}.weight", f"{module}.weight", offset=offset))
-            if theirs.endswith("norm") and f"{module}.bias" in self.shapes:
+            if f"{module}.bias" in self.shapes and (theirs.endswith("norm") or self.table.head_bias):
                 tensors.append(self._tensor(f"{theirs}.bias", f"{module}.bias"))
         return tensors
 
-    def _layer_tensors(self, number: int, layer: _Layer) -> list[TensorSource]:
+    def _model_modules(self) -> dict[str, list[str]]:
+        """Return the modules outside the layers by llama.cpp's name; some are stored by one of two names."""
+        modules: dict[str, list[str]] = {}
+        for module, theirs in self.table.model.items():
+            modules.setdefault(theirs, []).append(module)
+        return modules
+
+    def _layer_tensors(self, number: int, layer: LayerSizes) -> list[TensorSource]:
         tensors = []
         for module, theirs in self.table.layer.items():
             if self._name(layer.place, module) in self.shapes:
@@ -276,24 +277,26 @@ class _Planner:
             tensors = _fused(number, tensors)
         return tensors
 
-    def _module_tensors(self, number: int, layer: _Layer, module: str, theirs: str) -> list[TensorSource]:
+    def _module_tensors(self, number: int, layer: LayerSizes, module: str, theirs: str) -> list[TensorSource]:
         weight, bias = (self._name(layer.place, module, kind) for kind in ("weight", "bias"))
         heads = {"attn_q": layer.heads, "attn_k": layer.kv_heads}.get(theirs, 0) if self._pairs() else 0
-        matrix = len(self._shape(weight)) == 2
+        interleaved = layer.heads if module in self.table.interleaved else 0
+        matrix = len(stored_shape(self.shapes, weight)) == 2
         how = {
             "heads": heads,
+            "interleaved": interleaved,
             "transposed": matrix and self.family.weight_layout == "in_out",
             "offset": 0.0 if matrix else self.table.norm_offset,
         }
         tensors = [self._tensor(f"blk.{number}.{theirs}.weight", weight, **how)]
         if bias in self.shapes and module in self.table.biases:
-            tensors.append(self._tensor(f"blk.{number}.{theirs}.bias", bias, heads=heads))
+            tensors.append(self._tensor(f"blk.{number}.{theirs}.bias", bias, heads=heads, interleaved=interleaved))
         return tensors
 
     def _pairs(self) -> bool:
         return self.table.rope == "pairs" or self.architecture == "deci"
 
-    def _stand_ins(self, number: int, layer: _Layer) -> list[TensorSource]:
+    def _stand_ins(self, number: int, layer: LayerSizes) -> list[TensorSource]:
         """Return zeros for sub-layers that the loader cannot do without."""
         hidden, tensors = self.sizes["hidden_size"], []
         if self._needs_head(number, layer):
@@ -316,7 +319,7 @@ class _Planner:
             )
         return tensors
 
-    def _needs_head(self, number: int, layer: _Layer) -> bool:
+    def _needs_head(self, number: int, layer: LayerSizes) -> bool:
         return not layer.heads and (number == 0 or self.architecture == "openelm")
 
     def _rope_factors(self) -> list[TensorSource]:
@@ -362,7 +365,7 @@ class _Planner:
             "block_count": len(self.layers),
             "context_length": self._context(),
             "embedding_length": self.sizes["hidden_size"],
-            "vocab_size": self._shape(next(iter(self.table.model)) + ".weight")[0],
+            "vocab_size": stored_shape(self.shapes, next(iter(self.table.model)) + ".weight")[0],
             **{key: values if per_layer else values[0] for key, values in rows.items()},
         }
         for key, name in self.table.metadata.items():

@@ -13,17 +13,23 @@ import subprocess
 import sys
 import tempfile
 import unicodedata
+from collections import Counter
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import torch
-from gguf import GGMLQuantizationType, GGUFReader, LlamaFileType, quants
+from gguf import GGML_QUANT_SIZES, GGMLQuantizationType, GGUFReader, LlamaFileType, quants
+from numpy.typing import NDArray
 
 from secateur.errors import ExportError, UnavailableError, VerificationError
-from secateur.export.gguf import QUANTIZATIONS, block_size
+from secateur.export import ggml
+from secateur.export.gguf_architectures import plan_layout
 from secateur.export.gguf_tokenizer import missing_bytes, spaces_differ
+from secateur.export.gguf_types import PLAIN, pack
+from secateur.export.stored import load_config, open_parameters
 from secateur.store.checkpoints import load_model, resolve_model
 from secateur.store.tokenizers import PROBES, encode, tokenizer_data
 
@@ -130,7 +136,7 @@ def verify_in_llama_cpp(
     answer = _ask(gguf, texts, inputs, plain, threads or os.cpu_count() or 1)
     _require_same_tokens(texts, expected, answer["tokens"])
     model = load_model(resolve_model(str(folder)), device="cpu", dtype="float32")
-    return _compare(gguf, model, tokenizer, inputs, answer)
+    return _compare(gguf, folder, model, tokenizer, inputs, answer)
 
 
 def _comparable(texts: Iterable[str], data: Mapping[str, Any]) -> list[str]:
@@ -206,7 +212,7 @@ def _require_same_tokens(
 
 
 def _compare(
-    gguf: Path, model: Any, tokenizer: Any, inputs: Sequence[Sequence[int]], answer: dict[str, Any]
+    gguf: Path, folder: Path, model: Any, tokenizer: Any, inputs: Sequence[Sequence[int]], answer: dict[str, Any]
 ) -> Verification:
     likeliest = [[token for token, _ in found] for found in answer["next"]]
     exact = [_log_probs(model, ids) for ids in inputs]
@@ -216,7 +222,7 @@ def _compare(
     differences, kind = (theirs - ours).abs(), _stored_as(gguf)
     continued = [_continuation(model, tokenizer, ids) for ids in inputs]
     same_text = sum(map(_is_same_text, continued, answer["text"]))
-    _round_weights(model, kind)
+    _round_weights(model, gguf, folder)
     rounding = float((_at([_log_probs(model, ids) for ids in inputs], likeliest) - ours).abs().mean())
     mean, tolerance = float(differences.mean()), TOLERANCE + ROUNDING_FACTOR * rounding
     if not mean <= tolerance:
@@ -270,19 +276,55 @@ def _at(log_probs: Sequence[torch.Tensor], tokens: Sequence[Sequence[int]]) -> t
     return torch.cat([values[list(wanted)] for values, wanted in zip(log_probs, tokens, strict=True)])
 
 
-def _round_weights(model: Any, kind: str) -> None:
-    """Round a model's matrices as a file of this type does; rows that are no whole number of blocks stay as they are.
-
-    Types that only llama.cpp itself writes are taken for Q4_0.
-    """
-    kind = kind if kind in QUANTIZATIONS else "Q4_0"
-    outer = [layer.weight for layer in (model.get_input_embeddings(), model.get_output_embeddings())]
+def _round_weights(model: Any, gguf: Path, folder: Path) -> None:
+    """Round a model's matrices, each in the type that the file keeps it in."""
+    tensors = {tensor.name: tensor for tensor in GGUFReader(gguf).tensors}
+    matrices = [tensor for tensor in tensors.values() if len(tensor.shape) > 1]
+    sizes: Counter[GGMLQuantizationType] = Counter()
+    for tensor in matrices:
+        sizes[tensor.tensor_type] += int(tensor.n_elements)
+    most = sizes.most_common(1)[0][0]
+    head = tensors.get("output.weight", tensors["token_embd.weight"])
+    outer = {
+        id(model.get_input_embeddings().weight): tensors["token_embd.weight"].tensor_type,
+        id(model.get_output_embeddings().weight): head.tensor_type,
+    }
+    sources = _sources(folder)
     with torch.no_grad():
-        for parameter in model.parameters():
-            own = "Q8_0" if kind.startswith(("Q4", "Q5")) and any(parameter is weight for weight in outer) else kind
-            if parameter.dim() == 2 and parameter.shape[1] % block_size(own) == 0:
-                values = quants.quantize(parameter.numpy(), GGMLQuantizationType[own])
-                parameter.copy_(torch.from_numpy(quants.dequantize(values, GGMLQuantizationType[own])))
+        for name, parameter in model.named_parameters():
+            if parameter.dim() != 2:
+                continue
+            stored, transposed = sources.get(name, ("", False))
+            kind = tensors[stored].tensor_type if stored in tensors else outer.get(id(parameter), most)
+            values = parameter.numpy().T if transposed else parameter.numpy()
+            rounded = _rounded(values, kind)
+            parameter.copy_(torch.from_numpy(rounded.T if transposed else rounded))
+
+
+def _sources(folder: Path) -> dict[str, tuple[str, bool]]:
+    """Return which tensor of a file each parameter of a folder goes into, and whether transposed.
+
+    Nothing is known of a model that llama.cpp takes only after it was filled up.
+    """
+    with open_parameters(folder) as parameters:
+        try:
+            layout = plan_layout(load_config(folder), parameters.shapes)
+        except ExportError:
+            return {}
+    return {name: (tensor.name, tensor.transposed) for tensor in layout.tensors for name in tensor.parameters}
+
+
+def _rounded(values: NDArray[np.float32], kind: GGMLQuantizationType) -> NDArray[np.float32]:
+    """Return rows as they read back from a type, filled up to whole blocks for that.
+
+    Types that only llama.cpp's own tools write are taken for Q4_0.
+    """
+    if kind not in ggml.KINDS and kind.name not in PLAIN:
+        kind = GGMLQuantizationType.Q4_0
+    columns, block = values.shape[1], int(GGML_QUANT_SIZES[kind][0])
+    whole = np.pad(values, ((0, 0), (0, -columns % block)))
+    found: NDArray[np.float32] = quants.dequantize(pack(whole, kind), kind)
+    return found[:, :columns]
 
 
 def _context_of(gguf: Path) -> int:

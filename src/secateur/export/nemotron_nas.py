@@ -25,7 +25,14 @@ from safetensors.torch import save_file
 from torch import Tensor
 
 from secateur.errors import ExportError
-from secateur.export.stored import StoredParameters, open_parameters
+from secateur.export.stored import (
+    LayerSizes,
+    Shapes,
+    StoredParameters,
+    load_description,
+    open_parameters,
+    stored_shape,
+)
 from secateur.families.geometry import resolve_dimensions
 from secateur.families.loader import dense_model_type, families
 from secateur.store.artifacts import atomic_folder, disk_errors, write_json
@@ -54,8 +61,6 @@ _CARRIED = (
     "use_cache",
     "rope_parameters",
 )
-
-Shapes = Mapping[str, tuple[int, ...]]
 
 
 @dataclass(frozen=True, slots=True)
@@ -171,14 +176,9 @@ def export_nemotron_nas(folder: Path, target: Path, *, round_to_fit: bool = Fals
     Raises:
         ExportError: the model cannot be expressed, the disk is full, or the folder does not read back as the model.
     """
-    from transformers import AutoTokenizer
-
     with open_parameters(folder) as parameters:
-        plan = plan_nemotron_nas(_read_config(folder), parameters.shapes, round_to_fit=round_to_fit)
-        try:
-            tokenizer = AutoTokenizer.from_pretrained(folder)
-        except (OSError, ValueError, KeyError) as error:
-            raise ExportError(f"the tokenizer in {folder} does not load: {error}. Export the model again.") from None
+        config, tokenizer = load_description(folder)
+        plan = plan_nemotron_nas(config, parameters.shapes, round_to_fit=round_to_fit)
         with disk_errors(target), atomic_folder(target) as work:
             save_tokenizer(tokenizer, work)
             compare_reloaded_tokenizer(tokenizer, work, ())  # while no config.json asks for trust in its code
@@ -195,16 +195,6 @@ def export_nemotron_nas(folder: Path, target: Path, *, round_to_fit: bool = Fals
         added_parameters=plan.added_parameters,
         notes=plan.notes,
     )
-
-
-@dataclass(frozen=True, slots=True)
-class _Layer:
-    """One layer's place in the model and its sizes; a size of 0 says that the sub-layer was removed."""
-
-    place: int
-    heads: int
-    kv_heads: int
-    width: int
 
 
 class _Planner:
@@ -268,26 +258,21 @@ class _Planner:
     def _name(self, place: int, module: str) -> str:
         return f"{self.prefix}.{place}.{module}.weight"
 
-    def _layer(self, place: int) -> _Layer:
+    def _layer(self, place: int) -> LayerSizes:
         down = self.shapes.get(self._name(place, "mlp.down_proj"))
         width = 0 if down is None else down[1]
         if self._name(place, "self_attn.o_proj") not in self.shapes:
-            return _Layer(place, 0, 0, width)
-        rows = [self._shape(self._name(place, f"self_attn.{part}_proj"))[0] for part in "qk"]
+            return LayerSizes(place, 0, 0, width)
+        rows = [stored_shape(self.shapes, self._name(place, f"self_attn.{part}_proj"))[0] for part in "qk"]
         heads = rows[0] // self.head_dim
         if heads > self.heads:
             raise ExportError(
                 f"layer {place} of this model has {heads} query heads of {self.head_dim}, more than hidden_size "
                 f"{self.hidden} holds, and Nemotron-NAS cannot say so. Use the Hugging Face folder."
             )
-        return _Layer(place, heads, rows[1] // self.head_dim, width)
+        return LayerSizes(place, heads, rows[1] // self.head_dim, width)
 
-    def _shape(self, name: str) -> tuple[int, ...]:
-        if name not in self.shapes:
-            raise ExportError(f"the model folder has no parameter {name}. Export the model again.")
-        return self.shapes[name]
-
-    def _require_sizes(self, layers: Sequence[_Layer]) -> None:
+    def _require_sizes(self, layers: Sequence[LayerSizes]) -> None:
         """Refuse what ``block_configs`` cannot say, all of it at once."""
         widths = [
             f"layer {layer.place} has {layer.width} (nearest: {_nearest(layer.width)})"
@@ -308,10 +293,10 @@ class _Planner:
                 f"{WIDTH_MULTIPLE}, and whole layers or sub-layers instead of gqa_groups and query_heads."
             )
 
-    def _block(self, number: int, layer: _Layer) -> dict[str, Any]:
+    def _block(self, number: int, layer: LayerSizes) -> dict[str, Any]:
         return {"attention": self._attention(number, layer), "ffn": self._ffn(number, layer)}
 
-    def _attention(self, number: int, layer: _Layer) -> dict[str, Any]:
+    def _attention(self, number: int, layer: LayerSizes) -> dict[str, Any]:
         if not layer.heads and number:
             return {"n_heads_in_group": None, "no_op": True, "replace_with_linear": False}
         kv_heads, queries, keys = _grouping(layer, self.heads)
@@ -327,7 +312,7 @@ class _Planner:
         self._lay(number, layer.place, "input_layernorm", (self.hidden,), None, 1, norm, fill=1.0)
         return {"n_heads_in_group": self.heads // kv_heads, "no_op": False, "replace_with_linear": False}
 
-    def _ffn(self, number: int, layer: _Layer) -> dict[str, Any]:
+    def _ffn(self, number: int, layer: LayerSizes) -> dict[str, Any]:
         if not layer.width:
             return {"ffn_mult": None, "no_op": True, "replace_with_linear": False}
         width = math.ceil(layer.width / WIDTH_MULTIPLE) * WIDTH_MULTIPLE
@@ -362,7 +347,7 @@ class _Planner:
             self.tensors.append(TensorPlan(target, shape, None, fill=fill))
             self.added += math.prod(shape)
             return
-        found = self._shape(source)
+        found = stored_shape(self.shapes, source)
         self.used.add(source)
         self.added += math.prod(shape) - math.prod(found)
         if found == shape and blocks == tuple(range(len(blocks))):
@@ -370,7 +355,7 @@ class _Planner:
         self.tensors.append(TensorPlan(target, shape, source, axis, block, blocks))
 
     def _copy(self, name: str) -> None:
-        self.tensors.append(TensorPlan(name, self._shape(name), name))
+        self.tensors.append(TensorPlan(name, stored_shape(self.shapes, name), name))
         self.used.add(name)
 
     def _require_all_used(self) -> None:
@@ -411,7 +396,7 @@ class _Planner:
         context, window = int(self.config["max_position_embeddings"]), self.config.get("sliding_window")
         return min(context, int(window)) if window else context
 
-    def _notes(self, layers: Sequence[_Layer], blocks: Sequence[Mapping[str, Any]]) -> list[str]:
+    def _notes(self, layers: Sequence[LayerSizes], blocks: Sequence[Mapping[str, Any]]) -> list[str]:
         notes = [f"Engines ask to trust the folder's code, {CONFIGURATION_FILE}, which reads block_configs."]
         if self.added:
             filled = sum(
@@ -461,7 +446,7 @@ def _words(numbers: Sequence[int]) -> str:
     return f"{', '.join(map(str, numbers[:-1]))} and {numbers[-1]}"
 
 
-def _grouping(layer: _Layer, heads: int) -> tuple[int, tuple[int, ...], tuple[int, ...]]:
+def _grouping(layer: LayerSizes, heads: int) -> tuple[int, tuple[int, ...], tuple[int, ...]]:
     """Return key/value heads, and which query and key/value head of the layer stands at each place; -1 is zeros.
 
     Of all numbers of key/value heads that divide the query heads the smallest is taken. A group with more query heads
@@ -482,19 +467,6 @@ def _grouping(layer: _Layer, heads: int) -> tuple[int, tuple[int, ...], tuple[in
         queries[new * room + inside % room] = head
         keys[new] = group
     return kv_heads, tuple(queries), tuple(keys)
-
-
-def _read_config(folder: Path) -> dict[str, Any]:
-    from transformers import AutoConfig
-
-    from secateur.store.modeling import register_uneven_models
-
-    register_uneven_models()
-    try:
-        config: dict[str, Any] = AutoConfig.from_pretrained(folder).to_dict()
-    except (OSError, ValueError, KeyError) as error:
-        raise ExportError(f"{folder} is not a model folder that transformers loads: {error}.") from None
-    return config
 
 
 def _copy_beside(folder: Path, work: Path) -> None:

@@ -1,9 +1,10 @@
-"""The weights of a model folder, opened but not read: writers take one parameter at a time."""
+"""What writers read of a model folder: its description, and its weights one parameter at a time."""
 
 from __future__ import annotations
 
 from collections.abc import Iterator, Mapping
 from contextlib import ExitStack, contextmanager
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -11,6 +12,62 @@ from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
 from secateur.errors import ExportError
+
+Shapes = Mapping[str, tuple[int, ...]]
+
+
+@dataclass(frozen=True, slots=True)
+class LayerSizes:
+    """One layer's place in the checkpoint and its sizes; a size of 0 says that the sub-layer was removed."""
+
+    place: int
+    heads: int
+    kv_heads: int
+    width: int
+
+
+def stored_shape(shapes: Shapes, name: str) -> tuple[int, ...]:
+    """Return a parameter's shape.
+
+    Raises:
+        ExportError: there is none of that name.
+    """
+    if name not in shapes:
+        raise ExportError(f"the model folder has no parameter {name}. Export the model again.")
+    return shapes[name]
+
+
+def load_config(folder: Path) -> dict[str, Any]:
+    """Return a folder's configuration as plain data, defaults included.
+
+    Raises:
+        ExportError: transformers does not load it.
+    """
+    from transformers import AutoConfig
+
+    from secateur.store.modeling import register_uneven_models
+
+    register_uneven_models()
+    try:
+        config: dict[str, Any] = AutoConfig.from_pretrained(folder).to_dict()
+    except (OSError, ValueError, KeyError) as error:
+        raise ExportError(f"{folder} is not a model folder that transformers loads: {error}.") from None
+    return config
+
+
+def load_description(folder: Path) -> tuple[dict[str, Any], Any]:
+    """Return a folder's configuration as plain data, and its tokenizer.
+
+    Raises:
+        ExportError: transformers does not load them.
+    """
+    from transformers import AutoTokenizer
+
+    config = load_config(folder)
+    try:
+        return config, AutoTokenizer.from_pretrained(folder)
+    except (OSError, ValueError, KeyError) as error:
+        raise ExportError(f"the tokenizer in {folder} does not load: {error}. Export the model again.") from None
 
 
 class StoredParameters:

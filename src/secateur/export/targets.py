@@ -19,9 +19,9 @@ from typing import Any
 import torch
 
 from secateur.errors import ConfigError, ExportError, FamilyError, UnavailableError, VerificationError
-from secateur.export import gguf, llama_cpp, nemotron_nas, onnx
+from secateur.export import ggml, gguf, gguf_types, llama_cpp, nemotron_nas, onnx
 from secateur.export.padding import PaddingReport, padded_folder, plan_padding
-from secateur.export.stored import open_parameters
+from secateur.export.stored import load_description, open_parameters
 from secateur.records.exported import Exported
 from secateur.records.plan import format_ranges
 from secateur.records.units import UNIT_NAMES
@@ -97,9 +97,10 @@ class Target:
         can_verify: whether the engine is there.
         types: types of the weights that it takes, the first one by default; empty where there is nothing to choose.
         suffix: of the file; empty where it is a folder.
-        require_installed: raises UnavailableError where something is not installed that the writer needs.
+        require_installed: (type) raises UnavailableError where something is not installed that the writer needs.
         needed_multiple: (type) -> what feed-forward widths must be multiples of.
-        advised_multiple: (type, uneven) -> what they should be multiples of, because the engine is slow otherwise.
+        advised_multiple: (type, uneven, dense width) -> what they should be multiples of, because the engine is slow
+            or the file large otherwise.
     """
 
     name: str
@@ -111,9 +112,9 @@ class Target:
     can_verify: Callable[[], bool] = lambda: False
     types: tuple[str, ...] = ()
     suffix: str = ""
-    require_installed: Callable[[], object] = lambda: None
+    require_installed: Callable[[str], object] = lambda quantize: None
     needed_multiple: Callable[[str], int] = lambda quantize: 1
-    advised_multiple: Callable[[str, bool], int] = lambda quantize, uneven: 1
+    advised_multiple: Callable[[str, bool, int], int] = lambda quantize, uneven, width: 1
 
     def quantization(self, asked: str | None) -> str:
         """Return the type that is asked for by its own spelling, or the default one; empty where there are none.
@@ -128,10 +129,7 @@ class Target:
         if asked is None:
             return self.types[0]
         if asked.upper() not in self.types:
-            advice = ""
-            if "_K" in asked.upper() or asked.upper().startswith("IQ"):
-                advice = " Write F16 and run llama.cpp's own llama-quantize on that file."
-            raise ConfigError(unknown_name(f"type of export target {self.name}", asked, self.types) + advice)
+            raise ConfigError(unknown_name(f"type of export target {self.name}", asked, self.types))
         return asked.upper()
 
     def file_name(self, stem: str, quantize: str) -> str:
@@ -172,7 +170,7 @@ def read_facts(folder: Path) -> ModelFacts:
         ExportError: it is no folder of a model that transformers loads.
     """
     with open_parameters(folder) as parameters:
-        config, tokenizer = gguf.load_description(folder)
+        config, tokenizer = load_description(folder)
         return ModelFacts(config, parameters.shapes, tokenizer, read_generation_config(folder))
 
 
@@ -299,7 +297,7 @@ def _require_gguf(facts: ModelFacts, options: Options) -> None:
 
 def _gguf_paddings(options: Options) -> list[_Padding]:
     """Return what may help, the smallest first: widths in whole blocks, then the same sizes in every layer."""
-    block = gguf.block_size(options.quantize)
+    block = gguf_types.needed_multiple(options.quantize)
     widths = [_Padding(block)] if block > 1 else []
     return [*widths, _Padding(block, uniform=True)]
 
@@ -325,24 +323,26 @@ def _verify_gguf(file: Path, folder: Path, prompts: Sequence[str]) -> llama_cpp.
     return llama_cpp.verify_in_llama_cpp(file, folder, prompts)
 
 
-def _gguf_multiple(quantize: str, uneven: bool) -> int:
-    return max(gguf.block_size(quantize), gguf.SPEED_MULTIPLE if uneven else 1)
+def _require_gguf_writer(quantize: str) -> None:
+    if gguf_types.quantization(quantize).is_mixture:
+        ggml.require_ggml()
 
 
 TARGETS.add(
     "gguf",
     Target(
         name="gguf",
-        description="One file for llama.cpp and what is built on it, in eight types of weights.",
-        needs="",
+        description="One file for llama.cpp and what is built on it, in eight types of weights and seven k-quants.",
+        needs="pip install xllamacpp for k-quants",
         plan=_plan_gguf,
         write=_write_gguf,
         verify=_verify_gguf,
         can_verify=lambda: llama_cpp.is_installed(),
-        types=("F16", *(name for name in gguf.QUANTIZATIONS if name != "F16")),
+        types=("F16", *(name for name in gguf_types.QUANTIZATIONS if name != "F16")),
         suffix=".gguf",
-        needed_multiple=gguf.block_size,
-        advised_multiple=_gguf_multiple,
+        require_installed=_require_gguf_writer,
+        needed_multiple=gguf_types.needed_multiple,
+        advised_multiple=gguf_types.advised_multiple,
     ),
 )
 
@@ -430,7 +430,7 @@ TARGETS.add(
         needs="pip install onnx onnxscript onnxruntime",
         plan=_plan_onnx,
         write=_write_onnx,
-        require_installed=lambda: onnx.require_onnx(),
+        require_installed=lambda quantize: onnx.require_onnx(),
     ),
 )
 
@@ -498,6 +498,6 @@ def _padding_sentences(report: PaddingReport, quantize: str | None) -> list[str]
         return []
     parts = [f"layers {format_ranges(layers)} from {words}" for words, layers in changes.items()]
     shown = "; ".join(parts[:_LISTED]) + (f"; and {len(parts) - _LISTED} more kinds of layers" * (len(parts) > _LISTED))
-    size = "" if quantize is None else f", {format_bytes(added * gguf.bytes_per_weight(quantize))}"
+    size = "" if quantize is None else f", {format_bytes(added * gguf_types.bytes_per_weight(quantize))}"
     share = added / report.parameters_before
     return [f"filled up with zeros: {shown}: {added:,} more parameters ({share:.1%}{size})", *report.notes[1:]]

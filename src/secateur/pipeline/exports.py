@@ -74,7 +74,7 @@ def check_exports(recipe: Recipe) -> None:
     asked = [_Asked.of(spec) for spec in recipe.export]
     names = [one.target.file_name("model", one.quantize) for one in asked]
     for one, name in zip(asked, names, strict=True):
-        one.target.require_installed()
+        one.target.require_installed(one.quantize)
         if names.count(name) > 1:
             raise ConfigError(f"export names {one.words} more than once. Leave one of them out.")
         _require_multiple(one, recipe.prune)
@@ -99,9 +99,9 @@ def with_export_widths(recipe: Recipe, geometry: Geometry) -> Recipe:
     prune = recipe.prune
     if prune.multiple_of != "auto" or FFN_CHANNEL not in prune.width_kinds() or not recipe.export:
         return recipe
-    uneven = prune.shape == "uneven"
+    uneven, width = prune.shape == "uneven", min(filter(None, geometry.num_units(FFN_CHANNEL)), default=0)
     wanted = [
-        math.lcm(one.target.needed_multiple(one.quantize), one.target.advised_multiple(one.quantize, uneven))
+        math.lcm(one.target.needed_multiple(one.quantize), one.target.advised_multiple(one.quantize, uneven, width))
         for one in map(_Asked.of, recipe.export)
     ]
     request = Request.of(prune, bytes_per_parameter=1.0)

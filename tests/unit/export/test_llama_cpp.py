@@ -8,16 +8,19 @@ from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
+from gguf import GGMLQuantizationType, GGUFReader, quants
 from safetensors.torch import load_file, save_file
 from tokenizers import Tokenizer
 from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedTokenizerFast
 
 from secateur.errors import ExportError, UnavailableError, VerificationError
 from secateur.export import gguf_tokenizer, llama_cpp
-from secateur.export.gguf import QUANTIZATIONS, export_gguf
+from secateur.export.gguf import export_gguf
 from secateur.export.gguf_architectures import architectures
+from secateur.export.gguf_types import QUANTIZATIONS
 from secateur.export.llama_cpp import verify_in_llama_cpp
 from secateur.store.tokenizers import save_tokenizer, smaller_tokenizer
 from tests.pico import random_model
@@ -126,6 +129,29 @@ def test_what_rounding_the_weights_explains_is_allowed(quantize: str, folder: Pa
         verify_in_llama_cpp(folder.parent / "model.gguf", folder, PROMPTS, threads=1)
 
 
+def test_rounding_follows_the_type_of_each_tensor(tmp_path: Path) -> None:
+    """Also where the file's rows are longer than the model's, and where a matrix is stored the other way round."""
+    folder = folder_of(tmp_path, "gpt2")
+    model = AutoModelForCausalLM.from_pretrained(folder)
+    export_gguf(folder, tmp_path / "model.gguf", quantize="Q4_0")
+    before = {name: value.detach().clone() for name, value in model.named_parameters()}
+    llama_cpp._round_weights(model, tmp_path / "model.gguf", folder)
+    read = {tensor.name: tensor for tensor in GGUFReader(tmp_path / "model.gguf").tensors}
+    for ours, theirs in (("wte", "token_embd"), ("h.1.mlp.c_fc", "blk.1.ffn_up"), ("wpe", "position_embd")):
+        stored = read[f"{theirs}.weight"]
+        values = torch.tensor(quants.dequantize(stored.data, stored.tensor_type))
+        found = model.get_parameter(f"transformer.{ours}.weight")
+        assert torch.equal(found, values.T if "mlp" in ours else values)
+        assert torch.equal(found, before[f"transformer.{ours}.weight"]) == (ours == "wpe")
+    narrow = np.random.default_rng(0).normal(size=(3, 40)).astype(np.float32)
+    whole = np.concatenate([narrow, np.zeros((3, 24), np.float32)], axis=1)
+    for kind in (GGMLQuantizationType.Q8_0, GGMLQuantizationType.IQ4_XS):
+        used = kind if kind.name == "Q8_0" else GGMLQuantizationType.Q4_0
+        assert np.array_equal(
+            llama_cpp._rounded(narrow, kind), quants.dequantize(quants.quantize(whole, used), used)[:, :40]
+        )
+
+
 def test_other_tokens_are_refused(folder: Path, engine: Any) -> None:
     """The text and the first token that differs are named."""
     engine(lambda answer: answer["tokens"][1].__setitem__(2, 7))
@@ -202,6 +228,19 @@ def test_the_engine_reads_every_quantisation(tmp_path: Path) -> None:
         for quantize in QUANTIZATIONS:
             report = export_gguf(folder, tmp_path / "model.gguf", quantize=quantize)
             verify_in_llama_cpp(report.file, folder, PROMPTS, threads=1)
+
+
+@pytest.mark.slow
+@needs_engine
+@pytest.mark.parametrize(("name", "quantize"), [("llama", "Q4_K_M"), ("gpt_neox", "Q5_K_S"), ("gpt2", "Q2_K")])
+def test_the_engine_computes_with_k_quants(name: str, quantize: str, tmp_path: Path) -> None:
+    """In rows that hold whole blocks of them; what rounding does is measured tensor by tensor."""
+    sizes = {"n_embd": 256} if name == "gpt2" else {"hidden_size": 256, "intermediate_size": 512, "head_dim": 64}
+    folder = folder_of(tmp_path, name, **sizes)
+    report = export_gguf(folder, tmp_path / "model.gguf", quantize=quantize)
+    assert not any("no multiple of 256" in note for note in report.notes)
+    found = verify_in_llama_cpp(report.file, folder, PROMPTS, threads=1)
+    assert 0 < found.rounding and found.mean_difference < 0.02 + 2 * found.rounding
 
 
 @pytest.mark.slow

@@ -16,7 +16,7 @@ from gguf import GGUFReader, GGUFWriter
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from secateur.errors import ConfigError, ExportError, UnavailableError, VerificationError
-from secateur.export import export_huggingface, gguf, llama_cpp
+from secateur.export import export_huggingface, gguf_types, llama_cpp
 from secateur.export.llama_cpp import Verification
 from secateur.export.targets import TARGETS, Options, export_folder, read_facts
 from secateur.families.loader import families
@@ -62,18 +62,35 @@ def test_every_target_says_what_it_is(name: str) -> None:
 def test_gguf_has_the_types_that_the_writer_has() -> None:
     """Float16 first; quantised rows are whole blocks, and uneven widths should be, whatever the type."""
     target = TARGETS["gguf"]
-    assert target.types[0] == "F16" and sorted(target.types) == sorted(gguf.QUANTIZATIONS)
+    assert target.types[0] == "F16" and sorted(target.types) == sorted(gguf_types.QUANTIZATIONS)
     assert [target.needed_multiple(kind) for kind in ("F16", "BF16", "F32", "Q8_0", "Q4_0")] == [1, 1, 1, 32, 32]
-    assert [target.advised_multiple(kind, True) for kind in ("F16", "Q8_0")] == [32, 32]
-    assert target.advised_multiple("F16", False) == 1
+    assert [target.advised_multiple(kind, True, 2048) for kind in ("F16", "Q8_0")] == [32, 32]
+    assert target.advised_multiple("F16", False, 2048) == 1
+
+
+def test_k_quants_want_whole_blocks_of_256_where_there_is_room() -> None:
+    """They take 32 everywhere; a width of few blocks, or of no whole ones, stays as fine as for other types."""
+    target = TARGETS["gguf"]
+    for uneven in (False, True):
+        found = [target.advised_multiple("Q4_K_M", uneven, width) for width in (96, 1536, 2048, 2080, 8192)]
+        assert found == [32, 32, 256, 32, 256]
+    assert target.needed_multiple("Q6_K") == 32
+
+
+def test_what_a_type_needs_is_asked_for_before_any_work(monkeypatch: pytest.MonkeyPatch) -> None:
+    """K-quants need llama.cpp's library, and other types nothing."""
+    monkeypatch.setattr(importlib.util, "find_spec", lambda _: None)
+    TARGETS["gguf"].require_installed("Q8_0")
+    with pytest.raises(UnavailableError, match=r"k-quants are written by llama.cpp's own library, .* pip install"):
+        TARGETS["gguf"].require_installed("Q4_K_M")
 
 
 def test_unknown_names_are_refused_with_the_nearest() -> None:
-    """For K-quants the way there is said."""
+    """A type as well as a target."""
     with pytest.raises(ConfigError, match=r"unknown export target 'guff'. Did you mean 'gguf'"):
         export_folder(Path("nowhere"), to="guff")
-    with pytest.raises(ConfigError, match=r"unknown type .* 'Q4_K_M'.*llama.cpp's own llama-quantize"):
-        export_folder(Path("nowhere"), quantize="Q4_K_M")
+    with pytest.raises(ConfigError, match=r"unknown type of export target gguf 'Q4_KM'. Did you mean 'Q4_K_M'"):
+        export_folder(Path("nowhere"), quantize="Q4_KM")
 
 
 def test_the_name_is_given_after_the_engine_agreed(tmp_path: Path, engine: Any) -> None:
@@ -259,9 +276,20 @@ def test_a_folder_is_not_written_over_the_model(tmp_path: Path) -> None:
 
 @pytest.mark.slow
 @pytest.mark.skipif(importlib.util.find_spec("xllamacpp") is None, reason="xllamacpp is not installed")
-@pytest.mark.parametrize(("name", "quantize"), [("llama", "Q8_0"), ("gemma2", "F32")])
+@pytest.mark.parametrize(
+    ("name", "quantize"),
+    [
+        ("llama", "Q8_0"),
+        ("llama", "Q4_K_M"),
+        ("gemma2", "F32"),
+        ("gemma2", "Q5_K_M"),
+        ("phi", "Q4_K_S"),
+        ("gpt_neox", "F32"),
+    ],
+)
 def test_the_engine_computes_what_the_narrow_model_does(name: str, quantize: str, tmp_path: Path) -> None:
     """Zeros change no answer."""
-    widths = [40, 96, 40, 64] if name == "llama" else [40, 96, 40, 64, 33, 70]
+    widths = [40, 96, 40, 64, 33, 70] if name == "gemma2" else [40, 96, 40, 64]
     made = export_folder(narrow_folder(tmp_path, name, widths), quantize=quantize, round_to_fit=True)
-    assert made.padding and "6 of 6 prompts" in made.verified
+    assert made.padding and " of 6 prompts have the same likeliest next token" in made.verified
+    assert quantize != "F32" or "6 of 6 prompts" in made.verified
