@@ -81,6 +81,9 @@ def commands_page() -> str:
     lines = ["# Commands", "", "Generated from `secateur --help`.", "", "```", _help([]), "```"]
     for name in COMMANDS:
         lines += ["", f"## `secateur {name}`", "", "```", _help([name]), "```"]
+        group = cli.get_command(click.Context(cli), name)
+        for inner in group.list_commands(click.Context(group)) if isinstance(group, click.Group) else ():
+            lines += ["", f"### `secateur {name} {inner}`", "", "```", _help([name, inner]), "```"]
     return "\n".join(lines) + "\n"
 
 

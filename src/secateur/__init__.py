@@ -26,7 +26,21 @@ from secateur.errors import (
 )
 
 if TYPE_CHECKING:
-    from secateur.api import calibrate, count_tokens, evaluate, export, plan, recover, run, shrink, shrink_tokenizer
+    from secateur.api import (
+        calibrate,
+        compare,
+        count_tokens,
+        evaluate,
+        export,
+        matrix,
+        measure_speed,
+        plan,
+        recover,
+        run,
+        shrink,
+        shrink_tokenizer,
+        sweep,
+    )
     from secateur.recipe import Recipe, load_recipe
 
 __version__ = "0.1.0"
@@ -46,29 +60,37 @@ __all__ = [
     "VerificationError",
     "__version__",
     "calibrate",
+    "compare",
     "count_tokens",
     "evaluate",
     "export",
     "load_recipe",
+    "matrix",
+    "measure_speed",
     "plan",
     "recover",
     "run",
     "shrink",
     "shrink_tokenizer",
+    "sweep",
 ]
 
 _LAZY = {
     "Recipe": "secateur.recipe",
     "load_recipe": "secateur.recipe",
     "calibrate": "secateur.api",
+    "compare": "secateur.api",
     "count_tokens": "secateur.api",
     "evaluate": "secateur.api",
     "export": "secateur.api",
+    "matrix": "secateur.api",
+    "measure_speed": "secateur.api",
     "plan": "secateur.api",
     "recover": "secateur.api",
     "run": "secateur.api",
     "shrink": "secateur.api",
     "shrink_tokenizer": "secateur.api",
+    "sweep": "secateur.api",
 }
 
 

@@ -39,7 +39,7 @@ from secateur import pipeline
 from secateur.allocate import Request, make_plan, with_constants
 from secateur.allocate.constants import require_biases
 from secateur.allocate.vocabulary import choose_tokens, size_for_budget
-from secateur.calibrate import collect, collect_gradients, collect_grams, collect_with_grams
+from secateur.calibrate import ImpactListener, collect, collect_gradients, collect_grams, collect_with_grams
 from secateur.calibrate.gradients import require_differentiable
 from secateur.corpus import PackedBlocks, count_split_tokens, load_split, resegment
 from secateur.corpus.split import Split
@@ -49,20 +49,37 @@ from secateur.evaluate.footprint import model_shapes
 from secateur.export.targets import export_folder
 from secateur.families.geometry import Geometry, build_geometry
 from secateur.families.loader import family_of
+from secateur.pipeline.compare import compare as compare_folders
 from secateur.pipeline.gradients import together as gradients_together
 from secateur.pipeline.grams import Reconstructor, Supply, judging_tokens, together
+from secateur.pipeline.impacts import require_no_mix
+from secateur.pipeline.matrix import MatrixResult, run_matrix
 from secateur.pipeline.recovery import Teacher
 from secateur.pipeline.search import MEASURED
+from secateur.pipeline.speed import measure_folders
+from secateur.pipeline.sweep import SweepResult, run_sweep
 from secateur.pipeline.vocabulary import read_vocabulary
 from secateur.progress import Progress, silent
-from secateur.recipe import CorpusSpec, PruneSpec, Recipe, load_recipe, parse_prune, parse_recipe, parse_recover
+from secateur.recipe import (
+    CorpusSpec,
+    PruneSpec,
+    Recipe,
+    load_recipe,
+    parse_prune,
+    parse_recipe,
+    parse_recover,
+    parse_speed,
+)
+from secateur.records.comparison import Comparison
 from secateur.records.evaluation import TextScore
 from secateur.records.exported import Exported
 from secateur.records.gradients import GradientStatistics
 from secateur.records.gram import BucketGrams, Grams
+from secateur.records.impacts import ImpactStatistics, merge_impacts
 from secateur.records.plan import Plan, VocabularyPlan
 from secateur.records.recovery import Recovery
 from secateur.records.scores import Scores
+from secateur.records.speed import SpeedComparison
 from secateur.records.statistics import (
     BucketStatistics,
     SiteKey,
@@ -79,7 +96,7 @@ from secateur.recover.examples import TrainingExamples
 from secateur.recover.teacher import Distillation, NextToken
 from secateur.recover.train import train
 from secateur.registry import unknown_name
-from secateur.score import METHODS, score_units
+from secateur.score import METHODS, Outcome, TextRecords, notes_on, score_units
 from secateur.shrink import shrink_config, shrink_generation_config, shrink_parameters
 from secateur.store.artifacts import digest
 from secateur.store.checkpoints import build_model, fingerprint_loaded, generation_data, parameter
@@ -89,6 +106,7 @@ from secateur.store.tokenizers import (
     tokenizer_data,
     tokenizer_fingerprint,
 )
+from secateur.sweep_recipe import load_sweep, parse_sweep
 
 Text = CorpusSpec | Sequence[str] | str | Path
 """Documents, or where they are: a list of strings, a file, folder or glob, or a corpus spec."""
@@ -113,12 +131,86 @@ def run(
         SecateurError: anything a user can mend.
         VerificationError: an engine does not run an export as the model it was made from; all else is done.
     """
+    return pipeline.run(_recipe(recipe, overrides), until=until, progress=progress)
+
+
+def sweep(
+    recipe: Mapping[str, Any] | str | Path,
+    *,
+    only: Sequence[str] = (),
+    max_time: float | None = None,
+    progress: Progress = silent,
+    **overrides: Any,
+) -> SweepResult:
+    """Run a recipe with parts of it varied, over one calibration, and return what the points show together.
+
+    Args:
+        recipe: the path of a sweep file, or its plain data: a recipe with a section ``sweep``.
+        only: names of the points to run, ``*`` and ``?`` as in file names; all without any.
+        max_time: seconds after which no further point is started.
+        progress: told about everything that takes time.
+        overrides: top-level recipe keys that win over the recipe's, for example ``output="sweeps/b"``.
+
+    Raises:
+        SecateurError: a point can never work (the message names it; nothing has run then), or no point could be run.
+    """
     if isinstance(recipe, str | Path):
-        recipe = load_recipe(recipe, overrides)
+        base, spec = load_sweep(recipe, overrides)
     else:
-        data = recipe.model_dump() if isinstance(recipe, Recipe) else dict(recipe)
-        recipe = parse_recipe({**data, **overrides})
-    return pipeline.run(recipe, until=until, progress=progress)
+        base, spec = parse_sweep({**recipe, **overrides})
+    return run_sweep(base, spec, only=only, max_time=max_time, progress=progress)
+
+
+def compare(
+    runs: Sequence[str | Path | pipeline.RunResult],
+    *,
+    baseline: str | Path | None = None,
+    buckets: Sequence[str] | None = None,
+) -> Comparison:
+    """Set finished runs side by side: results, paired differences with confidence, kept units and recipes.
+
+    Args:
+        runs: two or more run folders, or what ``run`` returned.
+        baseline: which of them the others are compared with, by its folder or its name; None takes the first.
+        buckets: names of the text to compare on; None takes all that every run was measured on.
+
+    Raises:
+        ConfigError: a folder is no run, or the runs were measured on different text.
+        CheckpointError: a result is missing or broken; the message says which, and how to make it again.
+    """
+    folders = [one.folder if isinstance(one, pipeline.RunResult) else Path(one) for one in runs]
+    return compare_folders(folders, baseline=baseline, buckets=buckets)
+
+
+def matrix(
+    recipe: Recipe | Mapping[str, Any] | str | Path,
+    *,
+    budgets: Sequence[float] | None = None,
+    max_time: float | None = None,
+    progress: Progress = silent,
+    **overrides: Any,
+) -> MatrixResult:
+    """Prune on each of a recipe's domains alone, measure every result on all of them, and return the comparison.
+
+    Args:
+        recipe: a recipe, its plain data, or the path of a YAML file; its output is the folder of the matrix.
+        budgets: removed shares to repeat it at; None takes the recipe's budget alone.
+        max_time: seconds after which no further model is started.
+        progress: told about everything that takes time.
+        overrides: top-level recipe keys that win over the recipe's, for example ``output="runs/b"``.
+
+    Raises:
+        SecateurError: anything a user can mend.
+    """
+    whole = _recipe(recipe, overrides)
+    return run_matrix(whole, budgets=budgets, max_time=max_time, progress=progress)
+
+
+def _recipe(recipe: Recipe | Mapping[str, Any] | str | Path, overrides: Mapping[str, Any]) -> Recipe:
+    if isinstance(recipe, str | Path):
+        return load_recipe(recipe, overrides)
+    data = recipe.model_dump() if isinstance(recipe, Recipe) else dict(recipe)
+    return parse_recipe({**data, **overrides})
 
 
 def _geometry(model: Any) -> Geometry:
@@ -136,6 +228,7 @@ def calibrate(
     *,
     grams: bool | str | Sequence[str] = False,
     gradients: bool = False,
+    impacts: bool = False,
     max_tokens: int | None = 65_536,
     block_size: int = 512,
     batch_size: int = 4,
@@ -153,6 +246,7 @@ def calibrate(
             unit, or the names of those that are to be cut. They stay in memory, channels x channels x 8 bytes for every
             projection that reads the units, and are also taken of the validation split, a quarter as much text.
         gradients: take the loss's gradients too, which methods such as ``fisher`` need, in a backward pass.
+        impacts: note in the same pass what every document needs, for methods such as ``cus_prun``.
         max_tokens: per bucket; None for all.
         block_size: tokens per block; longer documents are cut.
         batch_size: blocks per forward pass.
@@ -182,16 +276,20 @@ def calibrate(
             fitted_to = set(blocks[name].documents.tolist())
             judging[name] = load_split(_source(source), "validation", tokenizer, exclude=fitted_to, **size)
     Supply.of(geometry, kinds, {name: packed.num_tokens for name, packed in blocks.items()}).require()
-    buckets, matrices = {}, {}
+    buckets, matrices, needs = {}, {}, dict[str, ImpactStatistics]()
     for name, packed in blocks.items():
         how: dict[str, Any] = {"batch_size": batch_size, "progress": progress, "label": f"calibrate on {name}"}
-        if not kinds:
-            buckets[name] = collect(model, packed, geometry, **how)
-            continue
-        buckets[name], fitted = collect_with_grams(model, packed, geometry, kinds, **how)
-        how["label"] = f"Gram matrices of {name} (validation)"
-        held_out = collect_grams(model, judging[name], geometry, kinds, **how)
-        matrices[name] = BucketGrams(fitted, held_out, torch.unique(judging[name].documents))
+        heard = ImpactListener(model, packed, geometry, _gram_kinds(True, geometry)) if impacts else None
+        also = [] if heard is None else [heard]
+        if kinds:
+            buckets[name], fitted = collect_with_grams(model, packed, geometry, kinds, **how, also=also)
+            how["label"] = f"Gram matrices of {name} (validation)"
+            held_out = collect_grams(model, judging[name], geometry, kinds, **how)
+            matrices[name] = BucketGrams(fitted, held_out, torch.unique(judging[name].documents))
+        else:
+            buckets[name] = collect(model, packed, geometry, **how, also=also)
+        if heard is not None:
+            needs[name] = heard.result()
     slopes = {
         name: collect_gradients(
             model,
@@ -200,12 +298,14 @@ def calibrate(
             differentiated,
             max_tokens=gradient_tokens,
             outputs=True,
+            sketch=True,
             progress=progress,
             label=f"gradients on {name}",
         )
         for name, packed in (blocks.items() if differentiated else ())
     }
-    return Statistics(fingerprint_loaded(model), geometry.family.name, buckets, pipeline.versions(), matrices, slopes)
+    about = fingerprint_loaded(model), geometry.family.name
+    return Statistics(*about, buckets, pipeline.versions(), matrices, slopes, needs)
 
 
 def _gram_kinds(grams: bool | str | Sequence[str], geometry: Geometry) -> list[str]:
@@ -286,6 +386,17 @@ class _Texts:
         if any(name not in found for name in self.names):
             return None
         return gradients_together({name: found[name] for name in self.names}, self.mix)
+
+    def impacts(self) -> ImpactStatistics | None:
+        """Return what the documents of the texts say of the units; None where that was not collected."""
+        found = self.statistics.impacts
+        return merge_impacts([found[n] for n in self.names]) if all(n in found for n in self.names) else None
+
+    def of_bucket(self, name: str) -> TextRecords:
+        """Return what is known of one bucket alone, whether it is among the texts that decide or not."""
+        known = self.statistics
+        grams = known.grams[name].calibration if name in known.grams else None
+        return TextRecords(known.buckets[name], (name,), grams, known.gradients.get(name), known.impacts.get(name))
 
 
 def _domains(statistics: Statistics) -> list[str]:
@@ -378,7 +489,9 @@ def plan(
     if texts is None:
         return made
     shares = normalised(texts.mix) if texts.mix else {}
-    made = replace(made, mix=shares, notes=(*made.notes, *texts.notes(geometry, kinds)))
+    fingerprints = {name: bucket.corpus_fingerprint for name, bucket in texts.statistics.buckets.items()}
+    said = notes_on(scores.method, Outcome(spec.options, scores.values, made, fingerprints)) if kinds else []
+    made = replace(made, mix=shares, notes=(*made.notes, *said, *texts.notes(geometry, kinds)))
     return with_constants(made, geometry, texts.merged.moments, shapes, means=spec.bias_compensation)
 
 
@@ -394,7 +507,12 @@ def _require_no_text(spec: PruneSpec) -> None:
 
 
 def _score(model: Any, texts: _Texts, spec: PruneSpec, geometry: Geometry) -> Scores:
-    reads_grams = bool(spec.width_kinds()) and METHODS[spec.method].reads_grams(spec.options)
+    method = METHODS[spec.method]
+    method.check_options(spec.options)
+    reads_grams = bool(spec.width_kinds()) and method.reads_grams(spec.options)
+    named = method.named_buckets(spec.options) if spec.width_kinds() else []
+    pipeline.require_buckets(named, texts.statistics.buckets, f"method {spec.method}")
+    require_no_mix(spec.method, method.reads_impacts(spec.options), spec.mix)
     if reads_grams:
         texts.require_grams(geometry, spec.width_kinds(), f"method {spec.method}")
     return score_units(
@@ -411,6 +529,8 @@ def _score(model: Any, texts: _Texts, spec: PruneSpec, geometry: Geometry) -> Sc
         gradients=texts.gradients(),
         depth_method=spec.depth_method,
         depth_options=spec.depth_options,
+        impacts=texts.impacts(),
+        by_bucket={name: texts.of_bucket(name) for name in named},
     )
 
 
@@ -650,6 +770,50 @@ def evaluate(
     family = family_of(model.config.model_type)
     return evaluate_text(
         model, blocks, family, batch_size=batch_size, num_excluded=blocks.num_excluded, progress=progress
+    )
+
+
+def measure_speed(
+    *models: str | Path,
+    prompt_lengths: Sequence[int] = (128, 512),
+    new_tokens: int = 32,
+    batch_sizes: Sequence[int] = (1, 4),
+    rounds: int = 5,
+    device: str = "auto",
+    dtype: Literal["auto", "float32", "bfloat16", "float16", "float64"] = "auto",
+    with_peaks: bool = True,
+    progress: Progress = silent,
+) -> SpeedComparison:
+    """Return how large and how fast models are, measured in turn on this machine.
+
+    Args:
+        models: model folders, folders of runs, hub ids or GGUF files; the first is what the others are compared with.
+        prompt_lengths: tokens of a prompt.
+        new_tokens: added to each prompt, the likeliest every time; at least 2.
+        batch_sizes: prompts that are read and continued together.
+        rounds: how often every model does everything, one model right after the other.
+        device: to run on; ``auto`` is the first GPU, else the CPU.
+        dtype: that all of them compute in; ``auto`` is the first one's stored dtype on a GPU and float32 on a CPU.
+        with_peaks: measure the peak of memory as well; on a CPU every model is loaded again, in a process of its own.
+        progress: told about every run of a model.
+
+    Raises:
+        ConfigError: no models, numbers that cannot be, or prompts longer than a model can read.
+        CheckpointError: a model cannot be loaded.
+    """
+    asked = {
+        "prompt_lengths": list(prompt_lengths),
+        "new_tokens": new_tokens,
+        "batch_sizes": list(batch_sizes),
+        "rounds": rounds,
+    }
+    return measure_folders(
+        [str(model) for model in models],
+        parse_speed(asked),
+        device=device,
+        dtype=dtype,
+        with_peaks=with_peaks,
+        progress=progress,
     )
 
 

@@ -519,8 +519,10 @@ class ChoicesSpec(_Record):
     question: str = "{question}"
     choices: str | Annotated[list[str], Field(min_length=2)] = "choices"
     answer: str = "answer"
+    subject: str | None = None
     style: Literal["text", "letter"] = "text"
     prompt: str | None = None
+    perplexity: bool = False
     max_items: Annotated[int, Field(gt=0)] | None = 1000
     seed: int = 0
     encoding: str = "utf-8"
@@ -533,6 +535,77 @@ class ChoicesSpec(_Record):
         return self
 
 
+class SpeedSpec(_Record):
+    """At which prompt lengths and batch sizes the dense model and the result are timed, in turn and how often."""
+
+    prompt_lengths: Annotated[list[Annotated[int, Field(ge=1)]], Field(min_length=1)] = [128, 512]
+    new_tokens: Annotated[int, Field(ge=2)] = 32
+    batch_sizes: Annotated[list[Annotated[int, Field(ge=1)]], Field(min_length=1)] = [1, 4]
+    rounds: Annotated[int, Field(ge=1)] = 5
+
+    @field_validator("prompt_lengths", "batch_sizes", mode="before")
+    @classmethod
+    def _one_number(cls, value: object) -> object:
+        return [value] if isinstance(value, int) and not isinstance(value, bool) else value
+
+    @field_validator("prompt_lengths", "batch_sizes")
+    @classmethod
+    def _numbers_differ(cls, value: list[int]) -> list[int]:
+        if twice := sorted({number for number in value if value.count(number) > 1}):
+            raise ValueError(f"{twice[0]} is given twice")
+        return value
+
+
+class GenerationsSpec(_Record):
+    """Which prompts the dense model and the result answer side by side, and how their answers are written.
+
+    Prompts are made by a template from the records of the test text, or are the first tokens of its documents.
+    """
+
+    prompt: str | None = None
+    num: Annotated[int, Field(ge=1)] = 8
+    max_new_tokens: Annotated[int, Field(ge=1)] = 64
+    temperature: Annotated[float, Field(gt=0.0, allow_inf_nan=False)] = 0.8
+    seed: Annotated[int, Field(ge=0)] = 0
+    prompt_tokens: Annotated[int, Field(ge=1)] = 32
+    chat: bool = False
+
+    @model_validator(mode="after")
+    def _one_kind_of_prompt(self) -> GenerationsSpec:
+        if self.prompt is not None and self.prompt_tokens != type(self).model_fields["prompt_tokens"].default:
+            raise ValueError("prompt_tokens cuts prompts from documents and prompt makes them; give one of them")
+        return self
+
+
+class TasksSpec(_Record):
+    """Which tasks of the lm-evaluation-harness are run, and how."""
+
+    names: Annotated[list[str], Field(min_length=1)]
+    include_path: str | None = None
+    num_fewshot: Annotated[int, Field(ge=0)] | None = None
+    limit: Annotated[float, Field(gt=0.0, allow_inf_nan=False)] | None = None
+    batch_size: Annotated[int, Field(ge=1)] = 4
+
+    @field_validator("names", mode="before")
+    @classmethod
+    def _one_name(cls, value: object) -> object:
+        return [value] if isinstance(value, str) else value
+
+    @field_validator("names")
+    @classmethod
+    def _names_differ(cls, value: list[str]) -> list[str]:
+        if twice := sorted({name for name in value if value.count(name) > 1}):
+            raise ValueError(f"task {twice[0]!r} is named twice")
+        return value
+
+    @field_validator("limit")
+    @classmethod
+    def _share_or_count(cls, value: float | None) -> float | None:
+        if value is not None and value > 1 and not value.is_integer():
+            raise ValueError("limit is a number of documents, or a share of them below 1")
+        return value
+
+
 class EvaluateSpec(_Record):
     """On how much held-out text the models are compared, on which questions, and against which controls."""
 
@@ -540,6 +613,20 @@ class EvaluateSpec(_Record):
     batch_size: Annotated[int, Field(ge=1)] = 4
     controls: list[Literal["random", "reversed"]] = ["random"]
     choices: dict[str, ChoicesSpec] = {}
+    speed: SpeedSpec | None = None
+    generations: GenerationsSpec | None = None
+    tasks: TasksSpec | None = None
+
+    @field_validator("speed", "generations", mode="before")
+    @classmethod
+    def _by_default(cls, value: object) -> object:
+        """``speed: true`` takes the defaults, ``speed: false`` is none; so with ``generations``."""
+        return ({} if value else None) if isinstance(value, bool) else value
+
+    @field_validator("tasks", mode="before")
+    @classmethod
+    def _names_alone(cls, value: object) -> object:
+        return {"names": value} if isinstance(value, str | list) else value
 
     @field_validator("choices", mode="before")
     @classmethod
@@ -668,6 +755,15 @@ def parse_prune(data: Mapping[str, Any]) -> PruneSpec:
     return _parse_section(PruneSpec, data, "prune", "pruning")
 
 
+def parse_speed(data: Mapping[str, Any]) -> SpeedSpec:
+    """Return the section ``evaluate.speed`` that plain data describes.
+
+    Raises:
+        ConfigError: a key is unknown or has an impossible value; every such place is named.
+    """
+    return _parse_section(SpeedSpec, data, "speed", "timing")
+
+
 def parse_recover(data: Mapping[str, Any]) -> RecoverSpec:
     """Return the ``recover`` section that plain data describes.
 
@@ -718,6 +814,18 @@ def load_recipe(path: str | Path, overrides: Mapping[str, Any] | None = None) ->
     Raises:
         ConfigError: the file is missing, is not YAML, or is not a recipe.
     """
+    data = read_recipe_data(path, overrides)
+    if isinstance(data, dict) and "sweep" in data:
+        raise ConfigError(f"recipe {path} has a section sweep: it is many runs. Use `secateur sweep {path}`.")
+    return parse_recipe(data, source=f"recipe {path}")
+
+
+def read_recipe_data(path: str | Path, overrides: Mapping[str, Any] | None = None) -> Any:
+    """Return what is in a recipe's YAML file, with dotted ``overrides`` applied on top, not looked at any further.
+
+    Raises:
+        ConfigError: the file is missing, or is not YAML.
+    """
     path = Path(path)
     if not path.is_file():
         raise ConfigError(f"recipe {path} does not exist. Write one (see examples/), or run `secateur demo`.")
@@ -728,7 +836,19 @@ def load_recipe(path: str | Path, overrides: Mapping[str, Any] | None = None) ->
     if isinstance(data, dict):
         for key, value in (overrides or {}).items():
             _set_dotted(data, key, value)
-    return parse_recipe(data, source=f"recipe {path}")
+    return data
+
+
+def with_overrides(recipe: Recipe, overrides: Mapping[str, Any], *, source: str = "recipe") -> Recipe:
+    """Return a recipe with dotted ``overrides`` applied on top of what was asked for in it.
+
+    Raises:
+        ConfigError: the result is not a recipe; the message names ``source``.
+    """
+    data = recipe.model_dump(mode="json", exclude_unset=True)
+    for key, value in overrides.items():
+        _set_dotted(data, key, value)
+    return parse_recipe(data, source=source)
 
 
 class _Loader(yaml.SafeLoader):
@@ -791,6 +911,9 @@ _SECTIONS: dict[str, type[BaseModel]] = {
     "responses": ResponsesSpec,
     "evaluate": EvaluateSpec,
     "choices": ChoicesSpec,
+    "speed": SpeedSpec,
+    "generations": GenerationsSpec,
+    "tasks": TasksSpec,
     "splits": SplitRatios,
     "export": ExportSpec,
 }

@@ -6,8 +6,9 @@ from pathlib import Path
 
 import pytest
 
-from secateur.recipe import Recipe, load_recipe, parse_recipe
+from secateur.recipe import Recipe, load_recipe, parse_recipe, with_overrides
 from secateur.score import METHODS
+from secateur.sweep_recipe import load_sweep, points_of
 
 FOLDER = Path(__file__).parents[2] / "examples"
 EXAMPLES = sorted(FOLDER.glob("*.yml"))
@@ -17,13 +18,15 @@ def test_there_are_examples() -> None:
     """One for each purpose, and no file that is not checked here."""
     names = [file.name for file in EXAMPLES]
     assert {"laptop.yml", "medical.yml", "paper_thresholds.yml", "pico.yml", "vocabulary.yml"} <= set(names)
-    assert [file.name for file in sorted(FOLDER.iterdir())] == names
+    others = sorted(file.name for file in FOLDER.iterdir() if file.name not in names)
+    assert others == ["tasks"], "of the evaluation harness, tried in tests of its own"
 
 
 @pytest.mark.parametrize("file", EXAMPLES, ids=lambda file: file.stem)
 def test_an_example_is_a_recipe(file: Path) -> None:
     """It parses, its method takes its options, its output is its own, and it starts by saying what it is for."""
-    recipe = load_recipe(file)
+    sweeps = "\nsweep:" in file.read_text(encoding="utf-8")
+    recipe = load_sweep(file)[0] if sweeps else load_recipe(file)
     METHODS[recipe.prune.method].check_options(recipe.prune.options)
     assert recipe.output == f"runs/{file.stem}"
     assert file.read_text(encoding="utf-8").startswith("# ")
@@ -36,6 +39,16 @@ def test_the_paper_example_is_the_papers_rule() -> None:
     prune = load_recipe(FOLDER / "paper_thresholds.yml").prune
     assert prune.budget.threshold == 1e-3
     assert (prune.method, prune.options, prune.shape) == ("contextual", {"at": "linear"}, "uneven")
+
+
+def test_the_points_of_the_sweep_are_recipes() -> None:
+    """Each of them parses, and they have names of their own."""
+    recipe, spec = load_sweep(FOLDER / "sweep.yml")
+    points = points_of(spec)
+    assert len({point.name for point in points}) == len(points) == 17
+    for point in points:
+        method = with_overrides(recipe, point.overrides).prune.method
+        assert method in METHODS
 
 
 def test_the_laptop_example_is_small() -> None:

@@ -120,9 +120,7 @@ def test_a_time_limit_too_short_for_one_generation_is_refused(pico: Pico, tmp_pa
     assert "search:cuts" in _stages(tmp_path)
 
 
-def test_more_time_goes_on_with_the_same_search(
-    pico: Pico, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_more_time_goes_on_with_the_same_search(pico: Pico, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """A generation that was measured is not measured again, however long the search may now take."""
     from secateur.pipeline.search import Search
 

@@ -16,8 +16,11 @@ from secateur.recipe import (
     ChoicesSpec,
     CorpusSpec,
     ExportSpec,
+    GenerationsSpec,
     PruneSpec,
     Recipe,
+    SpeedSpec,
+    TasksSpec,
     VocabularySpec,
     load_recipe,
     parse_bytes,
@@ -25,6 +28,7 @@ from secateur.recipe import (
     parse_override,
     parse_prune,
     parse_recipe,
+    parse_speed,
 )
 
 MINIMAL = {"model": "m", "domain": {"medical": "a.txt"}}
@@ -81,6 +85,43 @@ def test_questions_in_short_form_are_a_path() -> None:
     assert (spec.style, spec.max_items, spec.seed) == ("text", 1000, 0)
     assert parse_recipe(yaml.safe_load(done.to_yaml())) == done
     assert recipe().evaluate.choices == {}
+
+
+def test_speed_is_measured_only_where_it_is_asked_for() -> None:
+    """``{}`` and ``true`` take the documented defaults, a single number is a list of one, and YAML keeps all of it."""
+    assert recipe().evaluate.speed is None
+    assert recipe(evaluate={"speed": False}).evaluate.speed is None
+    done = recipe(evaluate={"speed": {}})
+    assert done.evaluate.speed == recipe(evaluate={"speed": True}).evaluate.speed == SpeedSpec()
+    defaults = {"prompt_lengths": [128, 512], "new_tokens": 32, "batch_sizes": [1, 4], "rounds": 5}
+    assert SpeedSpec().model_dump() == defaults
+    assert parse_recipe(yaml.safe_load(done.to_yaml())) == done
+    assert parse_speed({"prompt_lengths": 64}).prompt_lengths == [64]
+
+
+@pytest.mark.parametrize(
+    ("speed", "message"),
+    [
+        ({"prompt_lengths": []}, "evaluate.speed.prompt_lengths: list should have at least 1 item"),
+        ({"prompt_lengths": [0]}, "speed.prompt_lengths.0: input should be greater than or equal to 1 (got 0)"),
+        ({"batch_sizes": [4, 1, 4]}, "evaluate.speed.batch_sizes: 4 is given twice"),
+        ({"new_tokens": 1}, "evaluate.speed.new_tokens: input should be greater than or equal to 2 (got 1)"),
+        ({"rounds": 0}, "evaluate.speed.rounds: input should be greater than or equal to 1 (got 0)"),
+        ({"prompt_length": 3}, "Did you mean 'prompt_lengths'?"),
+    ],
+)
+def test_impossible_speed_settings_are_refused(speed: dict[str, Any], message: str) -> None:
+    """The place is named, with what was given."""
+    assert message in refusal(evaluate={"speed": speed})
+
+
+def test_generations_and_tasks_have_short_forms() -> None:
+    """``true`` takes the defaults, a name or a list of names are the names."""
+    asked = recipe(evaluate={"generations": True, "tasks": "hellaswag"}).evaluate
+    assert (asked.generations, asked.tasks) == (GenerationsSpec(), TasksSpec(names=["hellaswag"]))
+    asked = recipe(evaluate={"generations": False, "tasks": ["a", "b"]}).evaluate
+    assert (asked.generations, asked.tasks) == (None, TasksSpec(names=["a", "b"]))
+    assert "prompt_tokens" not in recipe().to_yaml()
 
 
 def test_short_forms_are_paths() -> None:
@@ -157,6 +198,17 @@ def test_unknown_keys_are_refused_with_the_nearest_one(
         ({"general": {"path": "a", "errors": "skip"}}, "general.errors: input should be 'strict', 'replace' or 'igno"),
         ({"calibrate": {"block_size": 4}}, "calibrate.block_size: input should be greater than or equal to 8 (got 4)"),
         ({"calibrate": {"max_tokens": 0}}, "calibrate.max_tokens: input should be greater than 0 (got 0)"),
+        (
+            {"evaluate": {"generations": {"prompt": "{q}", "prompt_tokens": 9}}},
+            "evaluate.generations: prompt_tokens cuts prompts from documents and prompt makes them; give one of them",
+        ),
+        (
+            {"evaluate": {"generations": {"temperature": 0}}},
+            "evaluate.generations.temperature: input should be greater",
+        ),
+        ({"evaluate": {"tasks": []}}, "evaluate.tasks.names: list should have at least 1 item"),
+        ({"evaluate": {"tasks": ["a", "a"]}}, "evaluate.tasks.names: task 'a' is named twice"),
+        ({"evaluate": {"tasks": {"names": "a", "limit": 1.5}}}, "evaluate.tasks.limit: limit is a number of documents"),
         ({"prune": {"method": 3}}, "prune.method: input should be a valid string (got 3)"),
         ({"prune": {"budget": {"channels": 0}}}, "prune.budget.channels: input should be greater than 0 (got 0)"),
         ({"prune": {"budget": {"channels": 1}}}, "prune.budget.channels: input should be less than 1 (got 1)"),

@@ -50,13 +50,16 @@ def print_json(data: Mapping[str, Any]) -> None:
 
 
 @contextmanager
-def progress_for(as_json: bool, quiet: bool) -> Iterator[Any]:
-    """Give a ``secateur.progress.Progress``: bars on a terminal, a line now and then elsewhere, or nothing."""
+def progress_for(as_json: bool, quiet: bool, *, keep: bool = True) -> Iterator[Any]:
+    """Give a ``secateur.progress.Progress``: bars on a terminal, a line now and then elsewhere, or nothing.
+
+    Without ``keep`` a bar goes when its task is done, for work of very many tasks.
+    """
     if quiet:
         yield silent
     elif sys.stderr.isatty() and not as_json:
         with _bars() as bars:
-            yield _BarProgress(bars)
+            yield _BarProgress(bars, keep=keep)
     else:
         yield _LineProgress()
 
@@ -99,10 +102,11 @@ class _BarTask:
 
 
 class _BarProgress:
-    """Bars that stay when their task is done."""
+    """Bars that stay when their task is done, or go."""
 
-    def __init__(self, bars: Progress) -> None:
+    def __init__(self, bars: Progress, *, keep: bool) -> None:
         self._bars = bars
+        self._keep = keep
 
     def __call__(self, label: str, total: int | None, unit: str) -> AbstractContextManager[Task]:
         return self._open(label, total, unit)
@@ -112,6 +116,8 @@ class _BarProgress:
         task = self._bars.add_task(label, total=total, state=describe_rate(0, total, unit, 0.0))
         yield _BarTask(self._bars, task, label, total, unit)
         self._bars.update(task, total=total or 1, completed=total or 1)
+        if not self._keep:
+            self._bars.remove_task(task)
 
 
 class _LineTask:

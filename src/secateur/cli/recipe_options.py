@@ -106,6 +106,12 @@ def describe_result(result: RunResult) -> dict[str, Any]:
         data["recoveries"] = {name: recovery.to_dict() for name, recovery in result.recoveries.items()}
     if result.page is not None:
         data["page"] = str(result.page)
+    if result.generations is not None:
+        data["generations"] = result.generations.to_dict()
+    if result.tasks is not None:
+        data["tasks"] = _without_samples(result.tasks.to_dict())
+    if result.speed is not None:
+        data["speed"] = result.speed.to_dict()
     if result.exports:
         data["exports"] = [exported.to_dict() for exported in result.exports]
     if result.evaluation is not None:
@@ -119,3 +125,12 @@ def describe_result(result: RunResult) -> dict[str, Any]:
                 del score[key]
         data |= {"evaluation": evaluation, "summary": result.summary}
     return data
+
+
+def _without_samples(tasks: dict[str, Any]) -> dict[str, Any]:
+    """Return results of tasks without the numbers of single documents."""
+    for row in tasks["models"].values():
+        for score in row.values():
+            for metric in score["metrics"]:
+                del metric["samples"]
+    return tasks

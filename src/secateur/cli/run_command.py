@@ -27,17 +27,20 @@ def command(**arguments: Any) -> None:
 def show_run(result: RunResult, *, as_json: bool) -> None:
     """Print the end of a full run."""
     from secateur.cli.console import print_json, print_table
+    from secateur.report.choices import choices_sentences, choices_table, paired_answers_table
+    from secateur.report.generations import agreement_table
     from secateur.report.recovery import curve_table, describe_recovery
+    from secateur.report.speed import describe_measurement, describe_speed, footprint_table, timings_table
     from secateur.report.tables import (
         SEGMENTATION_NOTE,
         attribution_table,
-        choices_table,
         cut_table,
         format_bytes,
         parts_table,
         result_table,
         segmentation_table,
     )
+    from secateur.report.tasks import describe_tasks, tasks_table
 
     if as_json:
         print_json(describe_result(result))
@@ -50,11 +53,23 @@ def show_run(result: RunResult, *, as_json: bool) -> None:
     if result.recoveries:
         print_table(curve_table(result.recoveries))
     print_table(result_table(result.evaluation))
-    if (answers := choices_table(result.evaluation)).rows:
-        print_table(answers)
+    for table in (choices_table(result.evaluation), paired_answers_table(result.evaluation)):
+        if table.rows:
+            print_table(table)
+    for sentence in choices_sentences(result.evaluation):
+        click.echo(sentence)
     if result.plan.vocabulary is not None:
         print_table(attribution_table(result.evaluation))
         click.echo(SEGMENTATION_NOTE)
+    if result.speed is not None:
+        print_table(footprint_table(result.speed))
+        print_table(timings_table(result.speed))
+        click.echo("\n".join([*describe_measurement(result.speed), *describe_speed(result.speed)]))
+    if result.tasks is not None:
+        print_table(tasks_table(result.tasks))
+        click.echo("\n".join(describe_tasks(result.tasks)))
+    if result.generations is not None:
+        print_table(agreement_table(result.generations))
     for recovery in result.recoveries.values():
         click.echo(describe_recovery(recovery))
     for note in (*result.plan.notes, *result.notes):

@@ -179,6 +179,7 @@ class DepthStage:
     @cached_property
     def _rounds(self) -> dict[tuple[Block, ...], dict[Block, float]]:
         """By the sub-layers that had gone, what was measured without each further block."""
+        self.folder.is_done(STAGE, self.key, self._file)  # takes what another run of a sweep measured
         if not self._file.is_file() or (data := read_json(self._file)).get("key") != self.key:
             return {}
         try:

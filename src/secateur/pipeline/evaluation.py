@@ -115,11 +115,12 @@ class EvaluationStage:
             rows: by name, in the order of the table.
             vocabulary: what is measured of a smaller vocabulary; None where it stayed whole.
         """
+        done = {name for name, row in rows.items() if self.is_done(name, row.key)}  # may put rows into the file
         earlier = self._before.models if self._before else {}
         earlier_effect = self._before.vocabulary if self._before else {}
         found: dict[str, ModelScore] = {}
         for name, row in rows.items():
-            if name in earlier and self.is_done(name, row.key):
+            if name in earlier and name in done:
                 self.reused.append(f"evaluate:{name}")
                 found[name] = earlier[name]
                 continue
@@ -153,7 +154,11 @@ class EvaluationStage:
         choices = {
             questions: evaluate_choices(
                 candidate.model,
-                self.texts.packed_questions(questions, candidate.tokenizer),
+                self.texts.packed_questions(
+                    questions,
+                    candidate.tokenizer,
+                    scores_whole=self.texts.recipe.evaluate.choices[questions].perplexity,
+                ),
                 self.family,
                 batch_size=self.batch_size,
                 progress=self.progress,

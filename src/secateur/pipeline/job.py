@@ -27,14 +27,21 @@ from secateur.allocate.budget import parameters_after, token_cost
 from secateur.allocate.constants import require_biases
 from secateur.allocate.counts import keep_best
 from secateur.allocate.vocabulary import size_for_budget
-from secateur.calibrate import collect, collect_gradients, collect_grams, collect_with_grams
+from secateur.calibrate import (
+    ImpactListener,
+    collect,
+    collect_gradients,
+    collect_grams,
+    collect_impacts,
+    collect_with_grams,
+)
 from secateur.calibrate.gradients import require_dtype
 from secateur.corpus import (
     PackedBlocks,
     check_sources,
     source_signature,
 )
-from secateur.corpus.split import Split
+from secateur.corpus.split import Split, assign_split
 from secateur.errors import ConfigError
 from secateur.evaluate import evaluate_text
 from secateur.evaluate.footprint import memory_bytes
@@ -48,8 +55,10 @@ from secateur.pipeline.card import describe_corpora, describe_origin, hub_id_of,
 from secateur.pipeline.depth import DepthStage, Meters
 from secateur.pipeline.evaluation import VOCABULARY, Candidate, EvaluationStage, Row, SmallerVocabulary
 from secateur.pipeline.exports import ExportStage, check_exports, width_note, with_export_widths
+from secateur.pipeline.generations import GenerationsStage
 from secateur.pipeline.gradients import GradientStage
 from secateur.pipeline.grams import GramStage, Reconstructor, Supply, summary
+from secateur.pipeline.impacts import ImpactStage, require_no_mix
 from secateur.pipeline.page import try_page
 from secateur.pipeline.recovery import (
     BASELINES,
@@ -70,7 +79,9 @@ from secateur.pipeline.rounds import (
     take_result,
 )
 from secateur.pipeline.search import MEASURED, Search, build_choices, find_counts, is_measured, quick_reconstruct
+from secateur.pipeline.speed import SpeedStage, Timed
 from secateur.pipeline.streams import FittedWeights, fit_on_pruned_stream
+from secateur.pipeline.tasks import TasksStage
 from secateur.pipeline.texts import Texts
 from secateur.pipeline.vocabulary import VocabularyStage
 from secateur.progress import Progress, silent
@@ -82,17 +93,21 @@ from secateur.records.evaluation import (
     relative_rise,
 )
 from secateur.records.exported import Exported
+from secateur.records.generations import Generations
 from secateur.records.gradients import GradientStatistics
 from secateur.records.gram import GramsInMemory
 from secateur.records.plan import Plan, VocabularyPlan
 from secateur.records.recovery import Recovery
 from secateur.records.scores import Scores
+from secateur.records.speed import SpeedComparison
 from secateur.records.statistics import BucketStatistics, merge_buckets, mix_buckets, normalised
+from secateur.records.tasks import TaskResults
 from secateur.recover.train import check_training
 from secateur.registry import unknown_name
+from secateur.report.choices import choices_table
 from secateur.report.markdown import render_report
-from secateur.report.tables import choices_table, evidence_table, parts_table, result_table, verdict
-from secateur.score import METHODS, rehearse, score_units
+from secateur.report.tables import evidence_table, parts_table, result_table, verdict
+from secateur.score import METHODS, Outcome, TextRecords, notes_on, rehearse, score_units
 from secateur.shrink import check_plan, shrink_config, shrink_generation_config, shrink_parameters
 from secateur.shrink.apply import Reconstruct
 from secateur.shrink.stand_in_weights import StandInWeights
@@ -118,7 +133,7 @@ from secateur.store.checkpoints import (
     resolve_model,
     weight_bytes,
 )
-from secateur.store.run_folder import RunFolder
+from secateur.store.run_folder import RunFolder, Shared
 from secateur.stream.sources import LoadedLayers
 
 Stage = Literal["calibrate", "plan", "shrink", "recover", "evaluate", "export"]
@@ -141,6 +156,9 @@ class RunResult:
         model_folder: the pruned Hugging Face folder; after recovery the recovered one.
         recoveries: what each training went through, by the name of its row.
         evaluation: what was measured.
+        speed: how large and how fast dense model and result are; None where that was not asked.
+        generations: what dense model and result answer to the same prompts; None where that was not asked.
+        tasks: how both do on tasks of the lm-evaluation-harness; None where that was not asked.
         exports: the result in other forms, as the recipe's ``export`` asks.
         page: the report to look at, or None with the reason in ``no_page``.
         summary: one sentence.
@@ -154,6 +172,9 @@ class RunResult:
     model_folder: Path | None = None
     recoveries: Mapping[str, Recovery] = field(default_factory=dict)
     evaluation: Evaluation | None = None
+    speed: SpeedComparison | None = None
+    generations: Generations | None = None
+    tasks: TaskResults | None = None
     exports: Sequence[Exported] = ()
     page: Path | None = None
     no_page: str = ""
@@ -176,13 +197,16 @@ def require_buckets(asked: Iterable[str], known: Iterable[str], key: str = "buck
             raise ConfigError(f"{key}: " + unknown_name("bucket", name, names))
 
 
-def run(recipe: Recipe, *, until: Stage = "export", progress: Progress = silent) -> RunResult:
+def run(
+    recipe: Recipe, *, until: Stage = "export", progress: Progress = silent, shared: Shared | None = None
+) -> RunResult:
     """Do the main job and return what it made.
 
     Args:
         recipe: what is asked.
         until: last stage to run.
         progress: told about everything that takes time.
+        shared: where results that other runs made may be found; None where the run is by itself.
 
     Raises:
         SecateurError: anything a user can mend; raised before the expensive work wherever that is possible.
@@ -198,7 +222,7 @@ def run(recipe: Recipe, *, until: Stage = "export", progress: Progress = silent)
             "this command by itself."
         )
     with processes.main_first():
-        job = _Job(recipe, progress)
+        job = _Job(recipe, progress, shared=shared)
         job.check(until)
         job.calibrate()
         if until != "calibrate":
@@ -214,6 +238,23 @@ def run(recipe: Recipe, *, until: Stage = "export", progress: Progress = silent)
     return job.result
 
 
+def refuse_impossible(recipe: Recipe) -> None:
+    """Refuse a recipe that can never work, as far as that is known before weights and whole texts are read.
+
+    Raises:
+        SecateurError: as ``run`` would; nothing is written.
+    """
+    _Job(recipe, silent).refuse_impossible()
+
+
+def inputs_key(recipe: Recipe) -> str:
+    """Return the hash of everything that a recipe's results depend on, wherever and on whatever they are computed."""
+    job = _Job(recipe, silent)
+    asked = {name: [asdict(item) for item in items] for name, items in job.texts.questions.items()}
+    apart: Any = {"output": True, "device": True, "calibrate": {"batch_size"}, "evaluate": {"batch_size"}}
+    return digest(job.model_fingerprint, job.source_keys, asked, recipe.model_dump(exclude=apart))
+
+
 class _Job:
     """One run: holds what is loaded, so that nothing is loaded twice or before it is needed."""
 
@@ -223,12 +264,14 @@ class _Job:
         progress: Progress,
         teacher: Teacher | None = None,
         reference: RecoveryStage | None = None,
+        shared: Shared | None = None,
     ) -> None:
         self.recipe = self._asked = recipe
         self.teacher = teacher
         self.reference = reference
         self.progress = progress
-        self.folder = RunFolder.open(Path(recipe.output).expanduser(), read_only=not processes.is_main())
+        place = Path(recipe.output).expanduser()
+        self.folder = RunFolder.open(place, read_only=not processes.is_main(), shared=shared)
         self.result = RunResult(self.folder.path)
         self._searched: tuple[Scores, Search] | None = None
         self._control: tuple[str, Candidate] | None = None
@@ -316,6 +359,55 @@ class _Job:
         return list(asked) if asked else default
 
     @cached_property
+    def reference_buckets(self) -> list[str]:
+        """Buckets that the method looks at one by one, by its options."""
+        prune = self.recipe.prune
+        if not prune.width_kinds():
+            return []
+        named = METHODS[prune.method].named_buckets(prune.options)
+        key = f"prune.method {prune.method}"
+        require_buckets(named, self.recipe.buckets(), key)
+        require_buckets(named, self.calibration_buckets, f"{key} with calibrate.buckets")
+        require_no_mix(prune.method, METHODS[prune.method].reads_impacts(prune.options), prune.mix)
+        return named
+
+    @cached_property
+    def impacts(self) -> ImpactStage:
+        """What single documents say, as a part of the run; it does nothing where the method does without."""
+        prune = self.recipe.prune
+        kinds = prune.width_kinds() if METHODS[prune.method].reads_impacts(prune.options) else []
+        geometry, who = self.checkpoint.geometry, f"method {prune.method}"
+        return ImpactStage(
+            kinds=kinds,
+            buckets=self.pruning_buckets,
+            references=self.reference_buckets,
+            folder=self.folder,
+            facts={"model_fingerprint": self.model_fingerprint},
+            key=self._calibration_key,
+            listen=lambda name: ImpactListener(self.dense, self.texts.split(name, "calibration"), geometry, kinds, who),
+            collect=lambda name: collect_impacts(
+                self.dense,
+                self.texts.split(name, "calibration"),
+                geometry,
+                kinds,
+                batch_size=self.recipe.calibrate.batch_size,
+                progress=self.progress,
+                label=f"impact on documents of {name}",
+                who=who,
+            ),
+        )
+
+    def _records_of(self, name: str) -> TextRecords:
+        """Return what is known of one bucket alone."""
+        return TextRecords(
+            self.result.statistics[name],
+            (name,),
+            self.grams.load_bucket(name),
+            self.gradients.load_bucket(name),
+            self.impacts.load_bucket(name),
+        )
+
+    @cached_property
     def grams(self) -> GramStage:
         """The Gram matrices' part of the run; it does nothing where neither method nor reconstruction needs them."""
         prune = self.recipe.prune
@@ -330,6 +422,7 @@ class _Job:
             key=self._calibration_key,
             collect=self._collect_grams,
             mix=prune.mix,
+            references=self.reference_buckets if METHODS[prune.method].contrast else [],
         )
 
     def _collect_grams(self, name: str, split: Split) -> GramsInMemory:
@@ -357,6 +450,8 @@ class _Job:
             key=self._calibration_key,
             collect=self._collect_gradients,
             mix=prune.mix,
+            references=self.reference_buckets if METHODS[prune.method].contrast else [],
+            sketch=METHODS[prune.method].reads_gradient_sketches(prune.options),
         )
 
     def _collect_gradients(self, name: str) -> GradientStatistics:
@@ -367,6 +462,7 @@ class _Job:
             self.gradients.kinds,
             max_tokens=self.gradients.max_tokens,
             outputs=self.gradients.outputs,
+            sketch=self.gradients.sketch,
             progress=self.progress,
             label=f"gradients on {name}",
             who=f"method {self.recipe.prune.method}",
@@ -382,12 +478,30 @@ class _Job:
 
     def check(self, until: Stage) -> None:
         """Resolve every name and refuse what cannot work, before weights are read, text is run or files are written."""
+        self.refuse_impossible()
+        if self.vocabulary is not None:
+            self._rehearse_plan()
+        self._read_new_text(until)
+        self._require_enough_text()
+        self.folder.describe(
+            versions=versions(),
+            model=self.recipe.model,
+            model_fingerprint=self.model_fingerprint,
+            seed=self.recipe.prune.seed,
+            notes=list(self.result.notes),
+        )
+        self.folder.write_text("recipe.yml", self.recipe.to_yaml())
+        if self.vocabulary is not None:
+            self.vocabulary.save()
+
+    def refuse_impossible(self) -> None:
+        """Refuse what cannot work as far as that is known without reading whole texts; nothing is written."""
         METHODS[self.recipe.prune.method].check_options(self.recipe.prune.options)
         METHODS[self.recipe.prune.depth_method].check_options(self.recipe.prune.depth_options)
         if self.recipe.export:
             check_exports(self.recipe)
             self.recipe = with_export_widths(self.recipe, self.checkpoint.geometry)
-        _ = self.pruning_buckets
+        _ = self.pruning_buckets, self.reference_buckets
         for spec in self.recipe.buckets().values():
             check_sources(spec)
         _ = self.texts.questions
@@ -404,32 +518,32 @@ class _Job:
             require_sizes(self.recipe)
         if self.recovery is not None:
             self.recovery.check()
+        self.speed.check()
+        self.generations.check()
+        self.tasks.check(self._dense_key)
         self._rehearse()
+        if self.vocabulary is None:
+            self._rehearse_plan()
         self.exports.check_model(lambda: self.tokenizer)
         self._require_enough_text()
-        self._read_new_text(until)
-        self._require_enough_text()
-        self.folder.describe(
-            versions=versions(),
-            model=self.recipe.model,
-            model_fingerprint=self.model_fingerprint,
-            seed=self.recipe.prune.seed,
-            notes=list(self.result.notes),
-        )
-        self.folder.write_text("recipe.yml", self.recipe.to_yaml())
-        if self.vocabulary is not None:
-            self.vocabulary.save()
 
     def _rehearse(self) -> None:
-        """Plan on made-up scores, so that a budget that cannot be met is refused before calibration."""
-        geometry, kinds = self.checkpoint.geometry, self.layer_kinds
+        """Try the methods on made-up statistics, and refuse measurements that cannot be made."""
+        geometry = self.checkpoint.geometry
         geometry.require_positions(self.recipe.calibrate.block_size)
         prune = self.recipe.prune
-        rehearse(prune.method, geometry, prune.width_kinds(), prune.options)
+        rehearse(prune.method, geometry, prune.width_kinds(), prune.options, self.pruning_buckets)
         rehearse(prune.depth_method, geometry, prune.block_kinds(), prune.depth_options)
         self._check_measurements()
         if prune.bias_compensation:
             require_biases(geometry, prune.width_kinds(), self.checkpoint.shapes)
+
+    def _rehearse_plan(self) -> None:
+        """Plan on made-up scores, so that a budget that cannot be met is refused before calibration.
+
+        Where the vocabulary is cut too, its tokens are counted for that.
+        """
+        geometry, kinds = self.checkpoint.geometry, self.layer_kinds
         vocabulary = self.vocabulary_plan
         if "threshold" in self.request.budget or self._bounds or not kinds:
             return
@@ -457,7 +571,8 @@ class _Job:
     def _read_new_text(self, until: Stage) -> None:
         """Read the text that is still to be calibrated on, and the test text, so that too little is said now."""
         for name in self.calibration_buckets:
-            if not self._is_calibrated(name) or self.gradients.is_missing(name):
+            missing = self.gradients.is_missing(name) or self.impacts.is_missing(name)
+            if missing or not self._is_calibrated(name):
                 _ = self.texts.split(name, "calibration")
             for split in self.grams.missing(name):
                 _ = self.texts.split(name, split)
@@ -507,6 +622,7 @@ class _Job:
             calibrated_now = f"calibrate:{name}" not in self.result.reused
             self.result.reused += self.grams.take(name)[calibrated_now:]  # the first came with the calibration
             self.result.reused += self.gradients.take(name)
+            self.result.reused += self.impacts.take(name)[calibrated_now:]  # heard in the calibration pass
 
     def _calibrate_bucket(self, name: str) -> BucketStatistics:
         stage, file = f"calibrate:{name}", self._statistics_file(name)
@@ -520,6 +636,7 @@ class _Job:
             "batch_size": self.recipe.calibrate.batch_size,
             "progress": self.progress,
             "label": f"calibrate on {name}",
+            "also": self.impacts.listeners(name),
         }
         if self.grams.splits(name):  # both in one pass
             statistics, grams = collect_with_grams(
@@ -528,6 +645,7 @@ class _Job:
             self.grams.write(name, "calibration", grams, started)
         else:
             statistics = collect(self.dense, blocks, self.checkpoint.geometry, **options)
+        self.impacts.keep(name, options["also"], started)
         write_statistics(
             file,
             statistics,
@@ -603,6 +721,21 @@ class _Job:
             seen.update(self._calibration_documents(name))
         return frozenset(seen)
 
+    def _seen_test_documents(self) -> frozenset[int]:
+        """Return those of the seen documents that could be in a test text, if they were not seen.
+
+        Where text is split by hash there are none, so that what is measured does not depend on what else was read.
+        """
+        specs = self.recipe.buckets().values()
+        if any(spec.test is not None for spec in specs):
+            return self._seen_documents()
+        shares = {spec.splits.model_dump_json(): spec.splits for spec in specs}.values()
+        return frozenset(
+            document
+            for document in self._seen_documents()
+            if any(assign_split(document, ratios) == "test" for ratios in shares)
+        )
+
     def _calibration_documents(self, name: str) -> Collection[int]:
         if name in self.result.statistics:
             return set(self.result.statistics[name].documents.tolist())
@@ -645,6 +778,8 @@ class _Job:
             depth_method=depth_method,
             depth_options=depth_options,
             removal_losses=self._removal_losses(depth_method, request or self.request),
+            impacts=self.impacts.load(),
+            by_bucket={name: self._records_of(name) for name in self.reference_buckets},
         )
 
     def _removal_losses(self, depth_method: str, request: Request) -> Mapping[str, Sequence[float]] | None:
@@ -703,10 +838,17 @@ class _Job:
         self.folder.forget("plan")
         scores = Scores(prune.method, {}, self.pruning_buckets, {}) if merged is None else self._write_scores(merged)
         plan = self._bounded_plan(scores, merged) if self._bounds else self._plan_for(self.request, scores, merged)
+        plan = replace(plan, notes=(*plan.notes, *self._method_notes(scores, plan)))
         self.result.plan = self._with_constants(self._with_text(plan), merged)
         write_json(file, self.result.plan.to_dict())
         self.folder.finish("plan", key, started)
         self._check_exports()
+
+    def _method_notes(self, scores: Scores, plan: Plan) -> list[str]:
+        """Return what the method says of a plan that was made with its scores."""
+        fingerprints = {name: bucket.corpus_fingerprint for name, bucket in self.result.statistics.items()}
+        options = self.recipe.prune.options
+        return notes_on(scores.method, Outcome(options, scores.values, plan, fingerprints)) if plan.layers else []
 
     def _check_exports(self) -> None:
         """Refuse a plan that the exports cannot hold, before any weight is cut."""
@@ -714,7 +856,8 @@ class _Job:
         self.exports.check_plan(plan, lambda: self._tokenizer_of(plan))
 
     def _plan_key(self, merged: BucketStatistics | None) -> str:
-        inputs = [] if merged is None else [statistics_digest(merged), *self.gradients.keys()]
+        inputs = [] if merged is None else [statistics_digest(merged), *self.gradients.keys(), *self.impacts.keys()]
+        inputs += [statistics_digest(self.result.statistics[name]) for name in self.reference_buckets]
         if self.vocabulary is not None:
             inputs += [self.vocabulary.vocabulary.fingerprint, self.vocabulary.merged.fingerprint]
         if self._bounds:
@@ -1020,7 +1163,8 @@ class _Job:
             seen = teacher
             for earlier in rounds:
                 seen = seen.after(earlier.plan)
-            job = _Job(recipe, self.progress, seen, self.recovery if plan.vocabulary else None)
+            reference = self.recovery if plan.vocabulary else None
+            job = _Job(recipe, self.progress, seen, reference, None if rounds else self.folder.shared)
             job.check("recover")
             job.calibrate()
             job.plan()
@@ -1071,8 +1215,10 @@ class _Job:
             plan = student.plan if folder == self.folder.path / RECOVERED else None
             difference = self._export(model, student.tokenizer, plan, folder)
             task.advance(1)
-        saved = fingerprint(resolve_model(str(folder)))
-        return {"reload_difference": difference, "model_fingerprint": saved}
+        facts = {"reload_difference": difference, "model_fingerprint": fingerprint(resolve_model(str(folder)))}
+        if folder.name == FINETUNED and self._is_kept(FINETUNED):
+            facts["files"] = [str(file.relative_to(self.folder.path)) for file in sorted(folder.iterdir())]
+        return facts
 
     # -- evaluation ----------------------------------------------------------------------------------------------
 
@@ -1115,12 +1261,90 @@ class _Job:
         self.result.summary = verdict(evaluation, list(self.recipe.domain), self._bounds)
         assert self.result.model_folder is not None, "shrink() comes first"
         self.result.exports = self.exports.found(self.result.model_folder)
+        self.result.speed = self._measure_speed(self.result.model_folder)
+        self._ask(plan, self.result.model_folder)
         self._write_reports(plan, evaluation)
+
+    @cached_property
+    def speed(self) -> SpeedStage:
+        """The speed's part of the evaluation; it does nothing where the recipe does not ask for it."""
+        recipe = self.recipe
+        return SpeedStage(
+            recipe.evaluate.speed,
+            self.checkpoint,
+            self._read_test_text,
+            list(recipe.domain),
+            digest([self.source_keys[name] for name in recipe.domain]),
+            recipe.device,
+            recipe.dtype,
+            recipe.trust_remote_code,
+            self.folder,
+            self.progress,
+            self.result.reused,
+        )
+
+    def _read_test_text(self, name: str, num_tokens: int) -> Sequence[str]:
+        """Return documents of a bucket's test text with about so many tokens, and a block of them at least."""
+        return self.texts.read(name, "test", max(num_tokens, self.recipe.calibrate.block_size), keep_text=True).texts
+
+    def _measure_speed(self, result: Path) -> SpeedComparison | None:
+        """Return the speeds of the dense model and of the result in a folder; None where they are not asked for."""
+        if self.speed.spec is None:
+            return None
+
+        def load_result() -> tuple[Any, Any]:
+            found = self._saved_candidate(result)
+            return found.model, found.tokenizer
+
+        def load_dense() -> tuple[Any, Any]:
+            return self.dense, self.tokenizer
+
+        name = "pruned" if self.recovery is None else RECOVERED
+        return self.speed.measure(
+            [
+                Timed("dense", self.model_fingerprint, self.checkpoint.folder, self.checkpoint.size_bytes, load_dense),
+                Timed(name, fingerprint(resolve_model(str(result))), result, weight_bytes(result), load_result),
+            ]
+        )
+
+    @cached_property
+    def generations(self) -> GenerationsStage:
+        """The generations' part of the evaluation; it does nothing where the recipe does not ask for it."""
+        spec = self.recipe.evaluate.generations
+        return GenerationsStage(spec, self.texts, self.folder, self.progress, self.result.reused)
+
+    @cached_property
+    def tasks(self) -> TasksStage:
+        """The tasks' part of the evaluation; it does nothing where the recipe names none."""
+        return TasksStage(self.recipe.evaluate.tasks, self.folder, self.progress, self.result.reused)
+
+    @property
+    def _dense_key(self) -> str:
+        return digest(self.model_fingerprint, self.recipe.dtype)
+
+    def _ask(self, plan: Plan, folder: Path) -> None:
+        """Let the dense model and the result in a folder answer prompts and do tasks, as far as the recipe asks."""
+        name = "pruned" if self.recovery is None else RECOVERED
+        key = digest(self._evaluation_key("dense", None), self._evaluation_key(name, plan))
+        loaded: list[tuple[Any, Any]] = []
+
+        def result() -> tuple[Any, Any]:
+            if not loaded:
+                found = self._saved_candidate(folder)
+                loaded.append((found.model, found.tokenizer))
+            return loaded[0]
+
+        def dense() -> tuple[Any, Any]:
+            return self.dense, self.tokenizer
+
+        self.result.generations = self.generations.run(key, plan, name, dense, result)
+        self.result.tasks = self.tasks.run(self._dense_key, key, name, dense, result)
 
     def _evaluation_key(self, name: str, plan: Plan | None) -> str:
         """Return the key of a row; the dense model's does not depend on the plan."""
-        options = self.recipe.evaluate.model_dump(exclude={"controls", "batch_size", "choices"})
+        options = self.recipe.evaluate.model_dump(include={"max_tokens"})
         asked = {name: [asdict(item) for item in items] for name, items in self.texts.questions.items()}
+        whole = [name for name, spec in self.recipe.evaluate.choices.items() if spec.perplexity]
         calibration = self.recipe.calibrate.model_dump(exclude={"batch_size", "gradient_tokens"})
         text = [self.model_fingerprint, self.source_keys, options, calibration, self.recipe.dtype]
         cut: list[Any] = []
@@ -1128,7 +1352,7 @@ class _Job:
             cut = [self._training_key(name)]
         elif name != "dense" and plan is not None:
             cut = [plan.to_dict(), self.recipe.prune.model_dump(), self._reconstruction_key()]
-        return digest(text, cut, sorted(self._seen_documents()), *([asked] if asked else []))
+        return digest(text, cut, sorted(self._seen_test_documents()), *([asked] if asked else []), *whole)
 
     def _dense_candidate(self) -> Candidate:
         return Candidate(self.dense, self.checkpoint.size_bytes, self.tokenizer)
@@ -1235,6 +1459,9 @@ class _Job:
             recoveries=self.result.recoveries,
             notes=self.result.notes,
             exports=self.result.exports,
+            speed=self.result.speed,
+            generations=self.result.generations,
+            tasks=self.result.tasks,
         )
         self.folder.write_text("report.md", report)
         tables = [result_table(evaluation), choices_table(evaluation), evidence_table(evaluation)]

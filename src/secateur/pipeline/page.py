@@ -13,8 +13,11 @@ from secateur.errors import CheckpointError, ConfigError, SecateurError
 from secateur.recipe import Recipe, load_recipe
 from secateur.records.evaluation import Evaluation
 from secateur.records.exported import Exported
+from secateur.records.generations import Generations
 from secateur.records.plan import Plan
 from secateur.records.recovery import Recovery
+from secateur.records.speed import SpeedComparison
+from secateur.records.tasks import TaskResults
 from secateur.records.units import LAYER_UNIT_KINDS
 from secateur.report.page import RunRecords, render_page, run_document
 from secateur.report.page.frequency import FrequencyCurve, frequency_curve
@@ -84,6 +87,9 @@ def read_run(folder: Path) -> RunRecords:
         recoveries=_recoveries(folder, evaluation, again),
         notes=[*map(str, manifest.get("notes", ()))],
         exports=_exports(folder, manifest),
+        speed=_speed(folder, recipe, again),
+        generations=_asked(folder / "generations.json", recipe.evaluate.generations, Generations.from_dict, again),
+        tasks=_asked(folder / "tasks.json", recipe.evaluate.tasks, TaskResults.from_dict, again),
         importance=_importance(folder, plan, again),
         frequencies=_frequencies(folder, recipe, again),
     )
@@ -119,6 +125,19 @@ def _speeds(folder: Path, recipe: Recipe, again: str) -> dict[str, float]:
         for name, file in files.items()
         if file.is_file()
     }
+
+
+def _speed(folder: Path, recipe: Recipe, again: str) -> SpeedComparison | None:
+    """Return what was measured of size and speed; None where the recipe does not ask, or nothing is there."""
+    file = folder / "speed.json"
+    if recipe.evaluate.speed is None or not file.is_file():
+        return None
+    return _read(file, SpeedComparison.from_dict, again)
+
+
+def _asked(file: Path, spec: object, parse: Callable[[dict[str, Any]], T], again: str) -> T | None:
+    """Return the record in a file; None where the recipe does not ask for it, or it is not there."""
+    return _read(file, parse, again) if spec is not None and file.is_file() else None
 
 
 def _recoveries(folder: Path, evaluation: Evaluation, again: str) -> dict[str, Recovery]:

@@ -223,21 +223,24 @@ class RecoveryStage:
         positions = self.texts.checkpoint.geometry.dimensions.get("num_positions")
         longest = block_size - 1 if positions is None else min(block_size - 1, positions - spec.max_new_tokens)
         started, key = time.perf_counter(), digest(self.key, prompts.documents)
+        file = self.folder.path / "recovery" / "responses" / f"{name}.jsonl"
+        stage_key = digest(key, spec.model_dump(), self.spec.seed)
         with processes.main_first():
+            self.folder.is_done(f"answer:{name}", stage_key, file)  # takes what another run of a sweep has
             found = generate_responses(
                 self.dense(),
                 self.texts.tokenizer,
                 prompts.texts,
                 spec,
                 seed=self.spec.seed,
-                file=self.folder.path / "recovery" / "responses" / f"{name}.jsonl",
+                file=file,
                 key=key,
                 max_prompt_tokens=longest,
                 progress=self.progress,
             )
         self.folder.finish(
             f"answer:{name}",
-            key,
+            stage_key,
             started,
             prompts=len(prompts.texts),
             answers=len(found.responses),

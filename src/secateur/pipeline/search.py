@@ -160,6 +160,7 @@ class Search:
         """Measure the cuts that were not measured before, for whatever budget or units, and keep all."""
         cuts = self.cuts()
         stage, file = "search:cuts", self.folder.path / "search" / "cuts.json"
+        self.folder.is_done(stage, self.key, file)  # brings what runs beside this one have measured
         known = _read_losses(file, self.key)
         missing = [cut for cut in cuts if cut.name not in known]
         if not missing:
@@ -190,8 +191,8 @@ class Search:
                     write_json(file, {"key": self.key, "losses": dict(known), **_partial(key, before)})
                     task.advance(1)
                 assert sums is not None, "a text has at least one batch"
-                for cut, mean in zip(total, sums.means(), strict=True):
-                    total[cut] += self.weights[name] * mean
+                for cut_name, mean in zip(total, sums.means(), strict=True):
+                    total[cut_name] += self.weights[name] * mean
         return total
 
     def _patch(self, cut: _Cut) -> dict[str, torch.Tensor]:
@@ -263,7 +264,9 @@ class Search:
         space = self._space(start, wanted)
         schedule = Schedule(generations=self.spec.generations, offspring=self.spec.offspring)
         stage, file = "search:evolve", self.folder.path / "search" / "evolution.json"
-        key = digest(self.key, self.choices.allowed, start, wanted, self.spec.model_dump(exclude={"time_limit"}), self.seed)
+        key = digest(
+            self.key, self.choices.allowed, start, wanted, self.spec.model_dump(exclude={"time_limit"}), self.seed
+        )
         done_key = digest(key, self.spec.time_limit)  # with more time the same search goes on
         if self.folder.is_done(stage, done_key, file):
             self.reused.append(stage)

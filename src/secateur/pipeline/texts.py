@@ -57,12 +57,22 @@ class Texts:
         """The multiple-choice questions of every set; reading them checks every row."""
         return {name: read_choices(spec, name) for name, spec in self.recipe.evaluate.choices.items()}
 
-    def packed_questions(self, name: str, tokenizer: Any, most: int | None = None) -> PackedChoices:
-        """Return the questions of a set as a tokenizer cuts them, at most so many."""
+    def packed_questions(
+        self, name: str, tokenizer: Any, most: int | None = None, *, scores_whole: bool = False
+    ) -> PackedChoices:
+        """Return the questions of a set as a tokenizer cuts them, at most so many; see ``pack_choices``."""
         dimensions, config = self.checkpoint.geometry.dimensions, self.checkpoint.config
         limit = dimensions.get("num_positions") or config.get("max_position_embeddings")
         items = self.questions[name][:most]
-        return pack_choices(items, tokenizer, block_size=self.recipe.calibrate.block_size, max_length=limit, name=name)
+        return pack_choices(
+            items,
+            tokenizer,
+            block_size=self.recipe.calibrate.block_size,
+            max_length=limit,
+            window=config.get("sliding_window"),
+            scores_whole=scores_whole,
+            name=name,
+        )
 
     def split(self, name: str, split: Split) -> PackedBlocks:
         """Return a split of a bucket, of the recipe's size."""

@@ -7,15 +7,25 @@ from typing import Any
 
 from secateur.records.evaluation import Evaluation
 from secateur.records.exported import Exported
+from secateur.records.generations import Generations
 from secateur.records.plan import Plan
 from secateur.records.recovery import Recovery
+from secateur.records.speed import SpeedComparison
+from secateur.records.tasks import TaskResults
+from secateur.report.choices import (
+    choices_evidence_table,
+    choices_sentences,
+    choices_table,
+    paired_answers_table,
+    subjects_table,
+)
+from secateur.report.generations import generations_lines
 from secateur.report.recovery import curve_table, describe_recovery
+from secateur.report.speed import describe_measurement, describe_speed, footprint_table, timings_table
 from secateur.report.tables import (
     SEGMENTATION_NOTE,
     Table,
     attribution_table,
-    choices_evidence_table,
-    choices_table,
     cut_table,
     evidence_table,
     format_bytes,
@@ -28,6 +38,7 @@ from secateur.report.tables import (
     verdict,
     vocabulary_table,
 )
+from secateur.report.tasks import tasks_lines
 
 
 def render_report(
@@ -43,6 +54,9 @@ def render_report(
     recoveries: Mapping[str, Recovery] | None = None,
     notes: Sequence[str] = (),
     exports: Sequence[Exported] = (),
+    speed: SpeedComparison | None = None,
+    generations: Generations | None = None,
+    tasks: TaskResults | None = None,
 ) -> str:
     """Return the report of a run as Markdown.
 
@@ -58,22 +72,25 @@ def render_report(
         recoveries: trainings by the name of their row; None where nothing was trained.
         notes: what else to say, before the tables.
         exports: the result in other forms.
+        speed: how large and how fast dense model and result are; None where it was not measured.
+        generations: what both answer to the same prompts; None where none were asked.
+        tasks: how both do on tasks of the lm-evaluation-harness; None where there were none.
     """
-    asked = choices_table(evaluation)
-    tables = [result_table(evaluation), *([asked] if asked.rows else []), cut_table(plan)]
+    asked = [choices_table(evaluation), paired_answers_table(evaluation), subjects_table(evaluation)]
+    tables = [result_table(evaluation), *(table for table in asked if table.rows), cut_table(plan)]
     if plan.vocabulary is not None:
         tables += [attribution_table(evaluation), segmentation_table(evaluation), vocabulary_table(plan.vocabulary)]
     tables += [
         parts_table(plan.parameters_dense, plan.parameters_pruned),
         evidence_table(evaluation),
-        *([choices_evidence_table(evaluation)] if asked.rows else []),
+        *([choices_evidence_table(evaluation)] if asked[0].rows else []),
         speed_table(evaluation, calibration_tokens_per_s),
     ]
     if recoveries:
         tables.append(curve_table(recoveries))
     if plan.layers:
         tables.append(plan_table(plan))
-    remarks = "".join(f"- {note}\n" for note in (*plan.notes, *notes))
+    remarks = "".join(f"- {note}\n" for note in (*plan.notes, *notes, *choices_sentences(evaluation)))
     versions = ", ".join(f"{name} {version}" for name, version in manifest["versions"].items())
     counted = " or counted" if plan.vocabulary else ""
     counted += " or trained on" if recoveries else ""
@@ -86,11 +103,20 @@ def render_report(
         + (f"{remarks}\n" if remarks else "")
         + (f"{trainings}\n" if trainings else "")
         + "\n".join(_section(table) for table in tables)
-        + "".join(f"\n{line}\n" for line in _export_lines(exports))
+        + "".join(f"\n{line}\n" for line in [*tasks_lines(tasks), *generations_lines(generations)])
+        + "".join(f"\n{line}\n" for line in [*_speed_lines(speed), *_export_lines(exports)])
         + "\n## How this was made\n\n"
         f"Model fingerprint `{manifest['model_fingerprint']}`; {versions}.\n\n"
         f"```yaml\n{recipe_yaml}```\n"
     )
+
+
+def _speed_lines(speed: SpeedComparison | None) -> list[str]:
+    """Return Markdown paragraphs on size and speed, below a heading; nothing where they were not measured."""
+    if speed is None:
+        return []
+    told = [" ".join(describe_speed(speed)), *describe_measurement(speed)]
+    return ["## Size and speed", *told, timings_table(speed).markdown(), footprint_table(speed).markdown()]
 
 
 def _export_lines(exports: Sequence[Exported]) -> list[str]:

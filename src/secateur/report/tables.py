@@ -6,17 +6,14 @@ import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
-from secateur.records.choices import ChoicesScore
 from secateur.records.evaluation import (
     CONFIDENCE_95,
     Evaluation,
     ModelScore,
     PairedDifference,
     TextScore,
-    paired_accuracy,
     paired_bits_per_byte,
     paired_difference,
-    paired_margin,
     relative_rise,
 )
 from secateur.records.plan import Plan, VocabularyPlan, format_ranges
@@ -130,48 +127,6 @@ def evidence_table(evaluation: Evaluation) -> Table:
         ["bucket", "documents", "predicted tokens", "bytes", "excluded (seen in calibration)", "fingerprint"],
         rows,
     )
-
-
-def choices_table(evaluation: Evaluation) -> Table:
-    """Return how every model answered every set of questions; no rows where none were asked.
-
-    Differences are to the dense model, paired by question. The first row of a set is what guessing would give.
-    """
-    dense = next(iter(evaluation.models.values()))
-    columns = ["questions", "model", "acc (%)", "to dense", "acc_norm (%)", "to dense", "margin (nats)", "to dense"]
-    rows = []
-    for name, reference in dense.choices.items():
-        chance = f"{100 * reference.chance:.1f}"
-        rows.append([name, "guessing", chance, "", chance, "", "", ""])
-        for model in evaluation.models.values():
-            if name in model.choices:
-                rows.append([name, model.name, *_answers(model.choices[name], reference)])
-    return Table("multiple choice (± one standard error)", columns, rows)
-
-
-def _answers(score: ChoicesScore, dense: ChoicesScore) -> list[str]:
-    shares = [
-        (100, score.acc, score.acc_stderr, paired_accuracy(score, dense)),
-        (100, score.acc_norm, score.acc_norm_stderr, paired_accuracy(score, dense, norm=True)),
-        (1, score.margin, score.margin_stderr, paired_margin(score, dense)),
-    ]
-    cells = []
-    for scale, value, error, change in shares:
-        cells.append(with_error(scale * value, scale * error))
-        sign = "+" if change.mean > 0 else ""
-        is_same = score is dense
-        cells.append("" if is_same else sign + with_error(scale * change.mean, scale * change.stderr))
-    return cells
-
-
-def choices_evidence_table(evaluation: Evaluation) -> Table:
-    """Return how many questions were asked of each set, and how."""
-    dense = next(iter(evaluation.models.values()))
-    rows = [
-        [name, f"{score.num_items:,}", f"{score.chance:.1%}", f"{score.num_truncated:,}", score.fingerprint[:12]]
-        for name, score in dense.choices.items()
-    ]
-    return Table("questions", ["questions", "asked", "chance", "prompts cut to fit", "fingerprint"], rows)
 
 
 _PARTS_OF = {

@@ -20,6 +20,7 @@ from secateur.store.artifacts import write_scores, write_token_counts
 from tests.command import call
 
 from ..report.page.runs import full_run
+from ..report.speeds import speed_comparison
 
 RUN = full_run()
 
@@ -73,6 +74,20 @@ def test_everything_on_the_page_comes_from_the_folder(folder: Path) -> None:
     assert [exported.path for exported in run.exports] == [folder / "new.gguf"]
     assert len(run.importance["ffn_channel"]) == 8
     assert [point.per_million for point in run.frequencies["medical"].points] == [625_000, 375_000]
+
+
+def test_speeds_are_read_where_the_recipe_asks_for_them(folder: Path) -> None:
+    """Those of an earlier recipe are left alone, and a broken file is named."""
+    (folder / "speed.json").write_text(json.dumps(speed_comparison().to_dict()), encoding="utf-8")
+    assert read_run(folder).speed is None
+    recipe = yaml.safe_load((folder / "recipe.yml").read_text(encoding="utf-8"))
+    (folder / "recipe.yml").write_text(yaml.safe_dump({**recipe, "evaluate": {"speed": {}}}), encoding="utf-8")
+    assert read_run(folder).speed == speed_comparison()
+    (folder / "speed.json").write_text("{}", encoding="utf-8")
+    with pytest.raises(CheckpointError, match=r"speed.json is broken .* Delete it. Make it again: secateur run"):
+        read_run(folder)
+    (folder / "speed.json").unlink()
+    assert read_run(folder).speed is None
 
 
 def test_a_page_does_without_scores_and_counts(folder: Path) -> None:

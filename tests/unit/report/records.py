@@ -56,6 +56,9 @@ def choices_score(correct: Sequence[bool], **changes: Any) -> ChoicesScore:
         "margin": 2 * share - 1,
         "margin_stderr": 2 * stderr,
         "chance": 0.25,
+        "majority": 0.25,
+        "overlap": 0.3,
+        "overlap_stderr": 0.1,
         "num_items": len(correct),
         "num_truncated": 1,
         "fingerprint": "fedcba9876543210",
@@ -63,6 +66,7 @@ def choices_score(correct: Sequence[bool], **changes: Any) -> ChoicesScore:
         "item_correct": tuple(correct),
         "item_correct_norm": tuple(correct),
         "item_margin": tuple(1.0 if right else -1.0 for right in correct),
+        "item_chance": (0.25,) * len(correct),
     }
     return ChoicesScore(**{**plain, **changes})
 

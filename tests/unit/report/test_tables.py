@@ -12,8 +12,6 @@ from secateur.records.plan import LayerPlan
 from secateur.report.tables import (
     Table,
     attribution_table,
-    choices_evidence_table,
-    choices_table,
     cut_table,
     evidence_table,
     format_bytes,
@@ -108,30 +106,6 @@ def test_the_evidence_is_how_much_was_measured_on() -> None:
     medical, general = evidence_table(evaluation()).rows
     assert medical == ["medical", "2", "100", "4,567", "0", "0123456789ab"]
     assert general[4] == "3"
-
-
-def test_answers_stand_beside_guessing_and_the_dense_model() -> None:
-    """In percent with their errors; the difference to the dense model is paired; only who was asked has a row."""
-    table = choices_table(asked(dense=[True, True, True, False], pruned=[False, True, True, False]))
-    guessing, dense, pruned = table.rows
-    assert guessing == ["exam", "guessing", "25.0", "", "25.0", "", "", ""]
-    assert dense == ["exam", "dense", "75 ± 25", "", "75 ± 25", "", "0.50 ± 0.50", ""]
-    assert pruned[2:4] == ["50 ± 29", "-25 ± 25"]
-    assert pruned[6:] == ["0.00 ± 0.58", "-0.50 ± 0.50"]
-    better = choices_table(asked(dense=[False, False, True], pruned=[True, False, True])).rows[2]
-    assert better[3] == "+33 ± 33"
-    assert {len(row) for row in table.rows} == {len(table.columns)}
-
-
-def test_no_questions_make_no_table() -> None:
-    """Nothing is said about what was not asked."""
-    assert choices_table(evaluation()).rows == choices_evidence_table(evaluation()).rows == []
-
-
-def test_the_evidence_of_answers_is_how_many_questions() -> None:
-    """How many, the share that guessing would give, and how many prompts did not fit."""
-    rows = choices_evidence_table(asked(dense=[True, False])).rows
-    assert rows == [["exam", "2", "25.0%", "1", "fedcba987654"]]
 
 
 def test_the_parts_add_up() -> None:

@@ -71,7 +71,7 @@ def _control_tile(records: RunRecords) -> Tile:
 
 def cautions(records: RunRecords) -> list[str]:
     """Return what a careful reader holds against the numbers of this run; the last one holds for every run."""
-    found = [*_about_controls(records), *_about_text(records)]
+    found = [*_about_controls(records), *_about_text(records), *_about_questions(records)]
     if records.plan.vocabulary is not None:
         found.append(
             "The tokenizer changed: ratios compare the loss on the same text, but perplexities per token of different "
@@ -125,6 +125,24 @@ def _about_controls(records: RunRecords) -> list[str]:
             for bucket in records.domains
             if ratio(result.text[bucket], models[PRUNED].text[bucket]).value > 1
         ]
+    return found
+
+
+def _about_questions(records: RunRecords) -> list[str]:
+    found = []
+    for name, score in records.dense.choices.items():
+        low, high = score.interval()
+        share = f"{score.acc:.1%} (95 % interval {low:.1%} to {high:.1%})"
+        if not any(score.has_signal(measure) for measure in score.measures):
+            found.append(
+                f"The questions {name} give no signal: the dense model answers {share} right, and {score.to_beat:.1%} "
+                "need no knowledge. What pruning did to such answers cannot be seen. Ask easier questions, or more."
+            )
+        elif score.acc <= score.overlap:
+            found.append(
+                f"Whoever picks the choice with the most words of the question answers {score.overlap:.1%} of {name} "
+                f"right, and the dense model {share}: these questions may not need knowledge."
+            )
     return found
 
 

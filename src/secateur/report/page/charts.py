@@ -6,7 +6,10 @@ import math
 from collections.abc import Mapping, Sequence
 from typing import Any
 
+from secateur.records.choices import ChoicesScore
+from secateur.records.evaluation import TWO_SIDED_95
 from secateur.records.units import PARTS, UNIT_NAMES
+from secateur.report.choices import COMMON_WORDS, GUESSING, NO_SIGNAL, SAME_ANSWER
 from secateur.report.page.chart import (
     ONCE,
     ROW_HEIGHT,
@@ -22,7 +25,7 @@ from secateur.report.page.chart import (
     ratio_scale,
 )
 from secateur.report.page.importance import ImportanceBin, parameters_by_layer
-from secateur.report.page.records import DENSE, TIMES, TWO_SIDED_95, Ratio, RunRecords, ratio
+from secateur.report.page.records import DENSE, TIMES, Ratio, RunRecords, ratio
 from secateur.report.page.theme import CATEGORIES, color
 from secateur.report.tables import format_count
 
@@ -160,29 +163,34 @@ def _document_chart(bucket: str, changes: Sequence[float], result: str) -> Chart
 
 
 def choices_charts(records: RunRecords) -> list[Chart]:
-    """Return per set of questions every model's share of right answers with its 95 % interval, beside guessing."""
+    """Return per set of questions every model's share of right answers with its 95 % interval, beside no model's."""
     charts = []
     for name, reference in records.dense.choices.items():
         rows = [
-            {
-                "model": model.name,
-                "acc": score.acc,
-                "low": max(0.0, score.acc - TWO_SIDED_95 * score.acc_stderr),
-                "high": min(1.0, score.acc + TWO_SIDED_95 * score.acc_stderr),
-                "shown": f"{score.acc:.1%}",
-                "questions": score.num_items,
-            }
+            _share_row(model.name, score.acc, score.interval(), score.num_items)
             for model in records.evaluation.models.values()
             if (score := model.choices.get(name)) is not None
         ]
-        charts.append(_choices_chart(name, rows, reference.chance, records.result.name))
+        spread = TWO_SIDED_95 * reference.overlap_stderr
+        words = (max(0.0, reference.overlap - spread), min(1.0, reference.overlap + spread))
+        rows += [
+            _share_row(GUESSING, reference.chance, None, reference.num_items),
+            _share_row(SAME_ANSWER, reference.majority, None, reference.num_items),
+            _share_row(COMMON_WORDS, reference.overlap, words, reference.num_items),
+        ]
+        charts.append(_choices_chart(name, rows, reference, records.result.name))
     return charts
 
 
-def _choices_chart(name: str, rows: Sequence[Mapping[str, Any]], chance: float, result: str) -> Chart:
+def _share_row(name: str, share: float, interval: tuple[float, float] | None, count: int) -> dict[str, Any]:
+    low, high = interval or (None, None)
+    return {"model": name, "acc": share, "low": low, "high": high, "shown": f"{share:.1%}", "questions": count}
+
+
+def _choices_chart(name: str, rows: Sequence[Mapping[str, Any]], dense: ChoicesScore, result: str) -> Chart:
     highlight = {"condition": {"test": equals("model", result), "value": color("accent")}, "value": color("other")}
-    low = min(chance, *(row["low"] for row in rows))
-    high = max(chance, *(row["high"] for row in rows))
+    ends = [end for row in rows for end in (row["acc"], row["low"], row["high"]) if end is not None]
+    low, high = min(ends), max(ends)
     room = 0.06 * (high - low)
     scale = {"domain": [max(0.0, low - room), min(1.0, high + room)], "zero": False, "nice": False}
     place: dict[str, Any] = {"field": "acc", "type": "quantitative", "scale": scale}
@@ -196,23 +204,18 @@ def _choices_chart(name: str, rows: Sequence[Mapping[str, Any]], chance: float, 
     ]
     return make_chart(
         f"choices-{name}",
-        f"Multiple choice: {name}",
-        f"Share of right answers to {name}; guessing gives {chance:.1%}: "
-        + "; ".join(f"{row['model']} {row['shown']} ({row['low']:.1%} to {row['high']:.1%})" for row in rows)
-        + ".",
+        f"Multiple choice: {name}" + ("" if dense.has_signal() else f" ({NO_SIGNAL})"),
+        f"Share of right answers to {name}; {dense.to_beat:.1%} need no knowledge: "
+        + "; ".join(
+            f"{row['model']} {row['shown']}"
+            + ("" if row["low"] is None else f" ({row['low']:.1%} to {row['high']:.1%})")
+            for row in rows
+        )
+        + ("." if dense.has_signal() else "; the dense model's interval holds that share, so that there is no signal."),
         rows,
         height=ROW_HEIGHT * len(rows),
         layer=[
-            dashed_line(chance),
-            {
-                "data": ONCE,
-                "mark": {"type": "text", "align": "left", "baseline": "top", "dx": 4, "color": color("soft")},
-                "encoding": {
-                    "x": {"datum": chance, "type": "quantitative"},
-                    "y": {"value": 0},
-                    "text": {"value": "guessing"},
-                },
-            },
+            dashed_line(dense.to_beat),
             *interval_layers(place, axis, highlight, tip),
         ],
     )

@@ -10,6 +10,42 @@ from secateur.report.tables import Table
 
 
 @dataclass(frozen=True, slots=True)
+class Saying:
+    """What one model says, beside what another one does.
+
+    Attributes:
+        who: said it, and how.
+        common: the start that both have in common.
+        differing: where it parts from the other; may be empty.
+        rest: what follows.
+        detail: a line below, such as how long it is.
+    """
+
+    who: str
+    common: str
+    differing: str
+    rest: str
+    detail: str
+
+
+@dataclass(frozen=True, slots=True)
+class Exchange:
+    """A prompt and what models say to it; folded under its title.
+
+    Attributes:
+        title: a line.
+        detail: the rest of that line, less prominent.
+        prompt: in full.
+        sayings: side by side where there is room, two in a row.
+    """
+
+    title: str
+    detail: str
+    prompt: str
+    sayings: Sequence[Saying]
+
+
+@dataclass(frozen=True, slots=True)
 class Section:
     """A part of the page.
 
@@ -20,6 +56,7 @@ class Section:
         charts: shown side by side where there is room.
         tables: folded; each opens by itself.
         items: a list.
+        exchanges: prompts with their answers; the first is open.
     """
 
     name: str
@@ -28,6 +65,7 @@ class Section:
     charts: Sequence[Chart] = ()
     tables: Sequence[Table] = ()
     items: Sequence[str] = ()
+    exchanges: Sequence[Exchange] = ()
 
 
 @dataclass(frozen=True, slots=True)

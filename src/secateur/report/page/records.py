@@ -7,10 +7,20 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
-from secateur.records.evaluation import Evaluation, ModelScore, TextScore, paired_difference
+from secateur.records.evaluation import (
+    TWO_SIDED_95,
+    Evaluation,
+    ModelScore,
+    PairedDifference,
+    TextScore,
+    paired_difference,
+)
 from secateur.records.exported import Exported
+from secateur.records.generations import Generations
 from secateur.records.plan import Plan
 from secateur.records.recovery import Recovery
+from secateur.records.speed import SpeedComparison
+from secateur.records.tasks import TaskResults
 from secateur.report.page.frequency import FrequencyCurve
 from secateur.report.page.importance import ImportanceBin
 from secateur.report.tables import with_error
@@ -19,9 +29,6 @@ DENSE, PRUNED, RECOVERED, FINETUNED, RANDOM = "dense", "pruned", "recovered", "d
 
 TIMES, MINUS = "\u00d7", "\u2212"
 """As printed in numbers."""
-
-TWO_SIDED_95 = 1.96
-"""Standard errors on either side of a mean that hold a normal variable nineteen times out of twenty."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -40,6 +47,9 @@ class RunRecords:
         recoveries: trainings by the name of their row.
         notes: what else a reader must know.
         exports: the result in other forms.
+        speed: how large and how fast dense model and result are; None where it was not measured.
+        generations: what both answer to the same prompts; None where none were asked.
+        tasks: how both do on tasks of the lm-evaluation-harness; None where there were none.
         importance: per unit kind, binned scores; empty where no scores lie in the run.
         frequencies: per domain, how often its most used token ids occur.
     """
@@ -55,6 +65,9 @@ class RunRecords:
     recoveries: Mapping[str, Recovery] = field(default_factory=dict)
     notes: Sequence[str] = ()
     exports: Sequence[Exported] = ()
+    speed: SpeedComparison | None = None
+    generations: Generations | None = None
+    tasks: TaskResults | None = None
     importance: Mapping[str, Sequence[ImportanceBin]] = field(default_factory=dict)
     frequencies: Mapping[str, FrequencyCurve] = field(default_factory=dict)
 
@@ -110,7 +123,11 @@ class Ratio:
 
 def ratio(score: TextScore, reference: TextScore) -> Ratio:
     """Return the paired ratio of two models' perplexities, per token of the second one's segmentation."""
-    difference = paired_difference(score, reference)
+    return ratio_of(paired_difference(score, reference))
+
+
+def ratio_of(difference: PairedDifference) -> Ratio:
+    """Return a difference of losses in nats per token as the ratio of two perplexities."""
     value = _exp(difference.mean)
     if not math.isfinite(difference.stderr):
         return Ratio(value, math.inf, None, None)

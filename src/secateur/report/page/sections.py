@@ -6,6 +6,13 @@ from collections.abc import Callable, Sequence
 
 from secateur.records.exported import Exported
 from secateur.records.units import UNIT_NAMES
+from secateur.report.choices import (
+    choices_evidence_table,
+    choices_sentences,
+    choices_table,
+    paired_answers_table,
+    subjects_table,
+)
 from secateur.report.markdown import describe_choice, describe_export
 from secateur.report.page.chart import quantile
 from secateur.report.page.charts import (
@@ -20,15 +27,16 @@ from secateur.report.page.charts import (
     recovery_charts,
 )
 from secateur.report.page.document import Section
+from secateur.report.page.generations import generations_section
 from secateur.report.page.importance import parameters_by_layer
 from secateur.report.page.records import FINETUNED, RECOVERED, TIMES, RunRecords, ratio
+from secateur.report.page.speed import speed_section
+from secateur.report.page.tasks import tasks_section
 from secateur.report.recovery import curve_table, describe_recovery
 from secateur.report.tables import (
     SEGMENTATION_NOTE,
     Table,
     attribution_table,
-    choices_evidence_table,
-    choices_table,
     cut_table,
     evidence_table,
     parts_table,
@@ -57,9 +65,12 @@ def sections(records: RunRecords) -> list[Section]:
     makers: list[Callable[[RunRecords], Section | None]] = [
         _domain,
         _choices,
+        _tasks,
+        _generations,
         _forgotten,
         _recovery,
         _parameters,
+        _speed,
         _units,
         _vocabulary,
         _exports,
@@ -102,15 +113,20 @@ def _choices(records: RunRecords) -> Section | None:
     charts = choices_charts(records)
     if not charts:
         return None
+    makers = (choices_table, paired_answers_table, subjects_table, choices_evidence_table)
+    tables = [make(records.evaluation) for make in makers]
     return Section(
         "choices",
         "Does it answer questions?",
         [
             "Shares of multiple-choice questions answered right, with 95 % intervals of each share by itself. Models "
-            "answered the same questions, so differences are surer than the bars suggest: the table has them, paired."
+            "answered the same questions, so differences are surer than the bars suggest: the table has them, paired. "
+            "Where the dense model's interval reaches down to the dashed line, which needs no knowledge, there is no "
+            "signal, and nothing is concluded.",
         ],
         charts,
-        [choices_table(records.evaluation), choices_evidence_table(records.evaluation)],
+        [table for table in tables if table.rows],
+        choices_sentences(records.evaluation),
     )
 
 
@@ -150,6 +166,18 @@ def _parameters(records: RunRecords) -> Section:
         tables.append(_layer_parameters_table(records))
         text.append("By layer, the parts that have units to lose are shown, without norms.")
     return Section("parameters", "Where did the parameters go?", text, charts, tables)
+
+
+def _tasks(records: RunRecords) -> Section | None:
+    return None if records.tasks is None else tasks_section(records.tasks)
+
+
+def _generations(records: RunRecords) -> Section | None:
+    return None if records.generations is None else generations_section(records.generations)
+
+
+def _speed(records: RunRecords) -> Section | None:
+    return None if records.speed is None else speed_section(records.speed)
 
 
 def _layer_parameters_table(records: RunRecords) -> Table:

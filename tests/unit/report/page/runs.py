@@ -17,6 +17,7 @@ from secateur.report.page.frequency import frequency_curve
 from secateur.report.page.importance import bin_importance
 
 from ..records import choices_score, evaluation, plan, vocabulary_effect, vocabulary_plan
+from ..speeds import speed_comparison
 
 ATTACK = "</script><script>alert(1)</script>"
 
@@ -57,6 +58,7 @@ def full_run(**changes: Any) -> RunRecords:
         },
         "recipe_yaml": "model: pico\n",
         "recoveries": {"recovered": recovery()},
+        "speed": speed_comparison(),
         "exports": [Exported("gguf", Path("a/pico.gguf"), "F16", 1000, "llama, F16", "read back and compared")],
         "importance": {FFN_CHANNEL: bin_importance(scores, cut.layers[FFN_CHANNEL])},
         "frequencies": {"medical": frequency_curve(np.array([5, 0, 1, 100, 20]))},

@@ -51,7 +51,7 @@ def test_the_page_draws_fits_and_stays_offline(
     drawn = chromium.evaluate(
         "[...document.querySelectorAll('.chart')].map((c) => c.querySelectorAll('svg path').length)"
     )
-    assert len(drawn) == 11
+    assert len(drawn) == 14
     assert min(drawn) > 3
     assert chromium.evaluate("document.documentElement.scrollWidth") <= width
     wider = "[...document.querySelectorAll('.chart')].filter((c) => c.scrollWidth > c.clientWidth + 1).map((c) => c.id)"

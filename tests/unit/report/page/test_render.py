@@ -54,11 +54,19 @@ def test_every_section_stands_on_the_page_with_its_tables(page: str) -> None:
         assert f">{heading}</h2>" in page
     for heading in ("Which token ids does the domain use?", "In which other forms", "How was this made?"):
         assert heading in page
-    for table in ("held-out results", "multiple choice", "recovery", "parameters by layer", "plan", "token frequency"):
+    for table in (
+        "held-out results",
+        "multiple choice",
+        "recovery",
+        "parameters by layer",
+        "plan",
+        "token frequency",
+        "size",
+    ):
         assert f"<summary>Table: {table}" in page
     assert "fewer parameters; perplexity on held-out medical text" in page
     assert '<pre tabindex="0">model: pico\n</pre>' in page
-    assert page.count('class="chart"') == page.count("<figcaption>") == 11
+    assert page.count('class="chart"') == page.count("<figcaption>") == 14
 
 
 def test_sections_without_records_are_left_out(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -126,7 +134,7 @@ def test_without_the_package_that_draws_the_error_says_how_to_get_it(monkeypatch
 def test_charts_become_files_whatever_they_are_called(tmp_path: Path) -> None:
     """SVG and PNG files lie in the folders asked for and nowhere else."""
     files = save_charts(run_document(hostile_run()), svg=tmp_path / "svg", png=tmp_path / "png")
-    assert len(files) == 2 * 11
+    assert len(files) == 2 * 14
     assert {file.parent for file in files} == {tmp_path / "svg", tmp_path / "png"}
     assert sorted(files) == sorted(path for path in tmp_path.rglob("*") if path.is_file())
     assert all(re.fullmatch(r"\d\d-[a-z0-9_-]+\.(svg|png)", file.name) for file in files)
