@@ -181,7 +181,7 @@ def test_a_family_that_holds_only_uniform_shapes_is_refused_before_calibration(p
     ("export", "prune", "words"),
     [
         (["ggfu"], {}, "unknown export target 'ggfu'. Did you mean 'gguf'"),
-        ([{"to": "gguf", "quantize": "Q4_K_M"}], {}, "llama.cpp's own llama-quantize"),
+        ([{"to": "gguf", "quantize": "Q4_X"}], {}, "unknown type of export target gguf 'Q4_X'"),
         ([{"to": "gguf", "quantize": "Q8_0"}], {"multiple_of": 8}, "needs FFN widths that are multiples of 32"),
         (["gguf", "gguf"], {}, "more than once"),
     ],

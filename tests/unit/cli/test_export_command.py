@@ -78,7 +78,7 @@ def test_zeros_fill_up_what_does_not_fit(tmp_path: Path, capsys: pytest.CaptureF
 @pytest.mark.parametrize(
     ("arguments", "words"),
     [
-        (("-q", "Q4_K_M"), ("unknown type of export target gguf 'Q4_K_M'", "Q8_0", "llama.cpp's own llama-quantize")),
+        (("-q", "Q4_X"), ("unknown type of export target gguf 'Q4_X'", "Q8_0", "Q4_K_M")),
         (("--to", "ggfu"), ("unknown export target 'ggfu'. Did you mean 'gguf'?",)),
     ],
 )
