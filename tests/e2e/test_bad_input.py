@@ -490,7 +490,7 @@ def test_it_is_refused_in_words_and_leaves_nothing_half_written(
     prepare, words = CASES[name]
     prepare(attempt)
     if name not in KNOWN_LATE:
-        monkeypatch.setattr("secateur.pipeline.job.load_model", None)
+        monkeypatch.setattr("secateur.pipeline.inputs.load_model", None)
     answer = try_it(attempt, capsys, "--json")
     expect_refusal(answer, *words)
     expect_nothing_half_written(attempt.output)

@@ -11,7 +11,7 @@ import torch
 
 import secateur
 from secateur.errors import ConfigError
-from secateur.pipeline import job as pipeline
+from secateur.pipeline import calibration
 from secateur.store.artifacts import read_gradients
 from tests.pico import Pico, medical_records, pico_tokenizer, random_model, save_model_folder
 
@@ -63,7 +63,7 @@ def test_a_run_that_was_stopped_goes_on(judged: Path, pico: Pico, monkeypatch: p
         raise KeyboardInterrupt
 
     with monkeypatch.context() as patch, pytest.raises(KeyboardInterrupt):
-        patch.setattr(pipeline, "collect_gradients", stop)
+        patch.setattr(calibration, "collect_gradients", stop)
         secateur.run(recipe, until="plan")
     assert secateur.run(recipe, until="plan").reused == KEPT[:2]
 

@@ -22,11 +22,12 @@ from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer
 
 import secateur
 from secateur.corpus import document_hash, read_documents
-from secateur.pipeline import job as pipeline
+from secateur.pipeline import RunResult, calibration, cutting, evaluation, planning
 from secateur.recipe import CorpusSpec
 from secateur.records.plan import Plan, format_ranges
 from secateur.report.page import is_available
 from secateur.store.artifacts import read_scores
+from secateur.store.run_folder import RunFolder
 from tests.command import call, environment, fresh_python, replace_in
 from tests.pico import (
     INTERMEDIATE_SIZE,
@@ -234,7 +235,7 @@ def calibrated(pico: Pico, tmp_path_factory: pytest.TempPathFactory) -> Path:
     return folder
 
 
-def shrunk(pico: Pico, calibrated: Path, folder: Path, prune: dict[str, Any]) -> pipeline.RunResult:
+def shrunk(pico: Pico, calibrated: Path, folder: Path, prune: dict[str, Any]) -> RunResult:
     """Return a run up to its model, on a copy of the calibrated folder."""
     shutil.copytree(calibrated, folder)
     result = secateur.run(pico.recipe(folder, prune=prune), until="shrink")
@@ -381,12 +382,12 @@ def test_the_same_recipe_again_does_nothing(
 ) -> None:
     """The second run reuses every stage, loads no weights, reads no text, and answers the same."""
     for name in (
-        "job.load_model",
+        "inputs.load_model",
         "texts.load_split",
-        "job.collect",
+        "calibration.collect",
         "evaluation.evaluate_text",
-        "job.export_huggingface",
-        "job.load_tokenizer",
+        "cutting.export_huggingface",
+        "inputs.load_tokenizer",
     ):
         monkeypatch.setattr(f"secateur.pipeline.{name}", refuse)
     before = {name: (copied / name).read_bytes() for name in ("evaluation.json", "plan.json", "model/README.md")}
@@ -398,7 +399,7 @@ def test_the_same_recipe_again_does_nothing(
 
 def test_a_new_budget_costs_no_second_calibration(pico: Pico, copied: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """Statistics and the dense model's evaluation do not depend on the budget; everything after does."""
-    monkeypatch.setattr(pipeline, "collect", refuse)
+    monkeypatch.setattr(calibration, "collect", refuse)
     result = secateur.run(pico.recipe(copied, prune={"budget": {"channels": 0.5}}))
     assert result.reused == ["calibrate:medical", "calibrate:general", "evaluate:dense"]
     assert kept_counts(read_plan(copied), FFN) == [INTERMEDIATE_SIZE // 2] * NUM_LAYERS
@@ -537,8 +538,11 @@ def test_an_edited_plan_may_become_uneven(pico: Pico, copied: Path) -> None:
 
 STOPS = {
     "while calibrating": ("secateur.stream.forward.model_inputs", []),
-    "after calibrating": ("secateur.pipeline.job.write_scores", ["calibrate:medical", "calibrate:general"]),
-    "before the plan is recorded": ("secateur.pipeline.job.write_json", ["calibrate:medical", "calibrate:general"]),
+    "after calibrating": ("secateur.pipeline.planning.write_scores", ["calibrate:medical", "calibrate:general"]),
+    "before the plan is recorded": (
+        "secateur.pipeline.planning.write_json",
+        ["calibrate:medical", "calibrate:general"],
+    ),
     "while saving": ("secateur.export.huggingface.compare_reloaded", STAGES[:3]),
     "while evaluating": ("secateur.pipeline.evaluation.evaluate_text", STAGES[:4]),
 }
@@ -582,15 +586,15 @@ def test_a_result_that_was_not_recorded_is_never_taken_for_an_older_one(
     pico: Pico, finished: Path, copied: Path, monkeypatch: pytest.MonkeyPatch, stage: str
 ) -> None:
     """Stopped between writing a new result and recording it, a run with the old recipe does not take it for its own."""
-    finish = pipeline.RunFolder.finish
+    finish = RunFolder.finish
 
-    def stop_at(self: pipeline.RunFolder, name: str, *arguments: Any, **facts: Any) -> None:
+    def stop_at(self: RunFolder, name: str, *arguments: Any, **facts: Any) -> None:
         if name == stage:
             raise KeyboardInterrupt
         finish(self, name, *arguments, **facts)
 
     with monkeypatch.context() as patch:
-        patch.setattr(pipeline.RunFolder, "finish", stop_at)
+        patch.setattr(RunFolder, "finish", stop_at)
         with pytest.raises(KeyboardInterrupt):
             secateur.run(pico.recipe(copied, prune={"budget": {"channels": 0.75}}))
     secateur.run(pico.recipe(copied))
@@ -605,13 +609,13 @@ def test_a_result_that_was_not_recorded_is_never_taken_for_an_older_one(
 
 DAWDLE = """
 import sys, time
-from secateur.pipeline import job as pipeline
+from secateur.pipeline import evaluation
 from secateur.cli.main import main
 
 def evaluate_late(*arguments, **options):
     time.sleep(120)
 
-pipeline.evaluate_text = evaluate_late
+evaluation.evaluate_text = evaluate_late
 main(sys.argv[1:])
 """
 """The command line, but the first measurement never comes: there is always time to interrupt it."""
@@ -670,7 +674,7 @@ class Watched:
         self.calibrated: set[int] = set()
         self.measured: set[int] = set()
         self.excluded: list[int] = []
-        collect, evaluate_text = pipeline.collect, pipeline.evaluate_text
+        collect, evaluate_text = calibration.collect, evaluation.evaluate_text
 
         def watched_collect(model: Any, blocks: Any, *arguments: Any, **options: Any) -> Any:
             self.calibrated |= set(blocks.documents.tolist())
@@ -681,7 +685,7 @@ class Watched:
             self.excluded.append(blocks.num_excluded)
             return evaluate_text(model, blocks, *arguments, **options)
 
-        patch.setattr(pipeline, "collect", watched_collect)
+        patch.setattr(calibration, "collect", watched_collect)
         patch.setattr("secateur.pipeline.evaluation.evaluate_text", watched_evaluate)
 
 
@@ -764,13 +768,13 @@ def test_controls_differ_from_the_plan_only_in_the_choice(
 ) -> None:
     """Random and reversed have exactly the plan's widths and size; reversed keeps the lowest scores."""
     made = []
-    same_size_plan = pipeline.same_size_plan
+    same_size_plan = planning.same_size_plan
 
     def remember(*arguments: Any) -> Plan:
         made.append(same_size_plan(*arguments))
         return made[-1]
 
-    monkeypatch.setattr(pipeline, "same_size_plan", remember)
+    monkeypatch.setattr(planning, "same_size_plan", remember)
     prune = {"shape": "uneven", "budget": {"channels": 0.4, "groups": 0.25}}
     evaluate = {"max_tokens": 512, "controls": ["random", "reversed"]}
     result = secateur.run(pico.recipe(tmp_path / "run", prune=prune, evaluate=evaluate))
@@ -799,13 +803,13 @@ def test_controls_are_cut_with_the_same_care(pico: Pico, tmp_path: Path, monkeyp
         tensors[f"model.decoder.layers.{layer}.fc1.bias"][::2] = 0.5
     save_file(tensors, folder / "model.safetensors", metadata={"format": "pt"})
     cut: dict[str, Plan] = {}
-    shrink_parameters = pipeline.shrink_parameters
+    shrink_parameters = cutting.shrink_parameters
 
     def remember(parameters: Any, plan: Plan, *rest: Any) -> Any:
         cut[plan.method] = plan
         return shrink_parameters(parameters, plan, *rest)
 
-    monkeypatch.setattr(pipeline, "shrink_parameters", remember)
+    monkeypatch.setattr(cutting, "shrink_parameters", remember)
     evaluate = {"max_tokens": 256, "controls": ["random", "reversed"]}
     prune = {"method": "magnitude", "budget": {"channels": 0.5}}
     secateur.run(pico.recipe(tmp_path / "run", model=str(folder), prune=prune, evaluate=evaluate))

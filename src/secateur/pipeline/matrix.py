@@ -12,7 +12,7 @@ from pathlib import Path
 from typing import Any
 
 from secateur.errors import CheckpointError, ConfigError, SecateurError
-from secateur.pipeline.job import versions
+from secateur.pipeline.result import versions
 from secateur.pipeline.trials import Trial, TrialResult, run_trials
 from secateur.progress import Progress, silent
 from secateur.recipe import Budget, Recipe, with_overrides

@@ -18,8 +18,8 @@ import yaml
 from secateur.errors import CheckpointError, ConfigError, SecateurError
 from secateur.files import replacing_path
 from secateur.pipeline.evaluation import VOCABULARY
-from secateur.pipeline.job import versions
 from secateur.pipeline.recovery import RANDOM_RECOVERED, RECOVERED
+from secateur.pipeline.result import versions
 from secateur.pipeline.trials import Job, Trial, TrialResult, drop_models, prepare, run_jobs, skipped
 from secateur.progress import Progress, silent
 from secateur.recipe import Recipe

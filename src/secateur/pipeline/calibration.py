@@ -1,0 +1,278 @@
+"""A run's text and what the dense model makes of it: statistics, Gram matrices, gradients, impacts."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Collection
+from functools import cached_property
+from pathlib import Path
+from typing import Any
+
+from secateur.calibrate import (
+    ImpactListener,
+    collect,
+    collect_gradients,
+    collect_grams,
+    collect_impacts,
+    collect_with_grams,
+)
+from secateur.corpus.split import Split, assign_split
+from secateur.pipeline.gradients import GradientStage
+from secateur.pipeline.grams import GramStage, Supply
+from secateur.pipeline.impacts import ImpactStage
+from secateur.pipeline.inputs import Inputs
+from secateur.pipeline.result import versions
+from secateur.pipeline.search import MEASURED
+from secateur.pipeline.texts import Texts
+from secateur.records.gradients import GradientStatistics
+from secateur.records.gram import GramsInMemory
+from secateur.records.statistics import BucketStatistics, merge_buckets, mix_buckets
+from secateur.score import METHODS, TextRecords
+from secateur.store.artifacts import (
+    STATISTICS_VERSION,
+    digest,
+    read_statistics,
+    write_statistics,
+)
+
+
+class Calibration(Inputs):
+    """Calibrates, or finds that it was done."""
+
+    @cached_property
+    def texts(self) -> Texts:
+        """The text of this run."""
+        return Texts(
+            self.recipe,
+            self.checkpoint,
+            lambda: self.tokenizer,
+            self._learned_documents,
+            self._seen_documents,
+            self.vocabulary is not None,
+            self.progress,
+        )
+
+    def _learned_documents(self, name: str) -> Collection[int]:
+        """Return the hashes of the documents of a bucket that decide about a model before it is measured."""
+        return self._calibration_documents(name)
+
+    def _seen_documents(self) -> frozenset[int]:
+        """Return the hashes of every document that is, or in this run will be, calibrated on or counted."""
+        seen: set[int] = set()
+        if self.vocabulary is not None:
+            seen.update(h for counts in self.vocabulary.counts.values() for h in counts.documents.tolist())
+        for name in self.calibration_buckets:
+            seen.update(self._calibration_documents(name))
+        return frozenset(seen)
+
+    def _seen_test_documents(self) -> frozenset[int]:
+        """Return those of the seen documents that could be in a test text, if they were not seen.
+
+        Where text is split by hash there are none, so that what is measured does not depend on what else was read.
+        """
+        specs = self.recipe.buckets().values()
+        if any(spec.test is not None for spec in specs):
+            return self._seen_documents()
+        shares = {spec.splits.model_dump_json(): spec.splits for spec in specs}.values()
+        return frozenset(
+            document
+            for document in self._seen_documents()
+            if any(assign_split(document, ratios) == "test" for ratios in shares)
+        )
+
+    def _calibration_documents(self, name: str) -> Collection[int]:
+        if name in self.result.statistics:
+            return set(self.result.statistics[name].documents.tolist())
+        if self._is_calibrated(name):
+            return set(read_statistics(self._statistics_file(name))[0].documents.tolist())
+        return set(self.texts.split(name, "calibration").documents.tolist())
+
+    @cached_property
+    def grams(self) -> GramStage:
+        """The Gram matrices' part of the run; it does nothing where neither method nor reconstruction needs them."""
+        prune = self.recipe.prune
+        measured = prune.reconstruct != "none" and prune.allocation in MEASURED
+        needed = prune.reconstruct == "dense" or measured or METHODS[prune.method].reads_grams(prune.options)
+        return GramStage(
+            kinds=prune.width_kinds() if needed else [],
+            buckets=self.pruning_buckets,
+            judged=prune.reconstruct == "dense",
+            folder=self.folder,
+            facts={"model_fingerprint": self.model_fingerprint},
+            key=self._calibration_key,
+            collect=self._collect_grams,
+            mix=prune.mix,
+            references=self.reference_buckets if METHODS[prune.method].contrast else [],
+        )
+
+    def _collect_grams(self, name: str, split: Split) -> GramsInMemory:
+        return collect_grams(
+            self.dense,
+            self.texts.split(name, split),
+            self.checkpoint.geometry,
+            self.grams.kinds,
+            batch_size=self.recipe.calibrate.batch_size,
+            progress=self.progress,
+            label=f"Gram matrices of {name} ({split})",
+        )
+
+    @cached_property
+    def gradients(self) -> GradientStage:
+        """The gradients' part of the run; it does nothing where the method does without."""
+        prune = self.recipe.prune
+        return GradientStage(
+            kinds=prune.width_kinds() if METHODS[prune.method].reads_gradients(prune.options) else [],
+            buckets=self.pruning_buckets,
+            max_tokens=self.recipe.calibrate.gradient_tokens,
+            outputs=METHODS[prune.method].reads_output_gradients(prune.options),
+            folder=self.folder,
+            facts={"model_fingerprint": self.model_fingerprint},
+            key=self._calibration_key,
+            collect=self._collect_gradients,
+            mix=prune.mix,
+            references=self.reference_buckets if METHODS[prune.method].contrast else [],
+            sketch=METHODS[prune.method].reads_gradient_sketches(prune.options),
+        )
+
+    def _collect_gradients(self, name: str) -> GradientStatistics:
+        return collect_gradients(
+            self.dense,
+            self.texts.split(name, "calibration"),
+            self.checkpoint.geometry,
+            self.gradients.kinds,
+            max_tokens=self.gradients.max_tokens,
+            outputs=self.gradients.outputs,
+            sketch=self.gradients.sketch,
+            progress=self.progress,
+            label=f"gradients on {name}",
+            who=f"method {self.recipe.prune.method}",
+        )
+
+    @cached_property
+    def impacts(self) -> ImpactStage:
+        """What single documents say, as a part of the run; it does nothing where the method does without."""
+        prune = self.recipe.prune
+        kinds = prune.width_kinds() if METHODS[prune.method].reads_impacts(prune.options) else []
+        geometry, who = self.checkpoint.geometry, f"method {prune.method}"
+        return ImpactStage(
+            kinds=kinds,
+            buckets=self.pruning_buckets,
+            references=self.reference_buckets,
+            folder=self.folder,
+            facts={"model_fingerprint": self.model_fingerprint},
+            key=self._calibration_key,
+            listen=lambda name: ImpactListener(self.dense, self.texts.split(name, "calibration"), geometry, kinds, who),
+            collect=lambda name: collect_impacts(
+                self.dense,
+                self.texts.split(name, "calibration"),
+                geometry,
+                kinds,
+                batch_size=self.recipe.calibrate.batch_size,
+                progress=self.progress,
+                label=f"impact on documents of {name}",
+                who=who,
+            ),
+        )
+
+    def _records_of(self, name: str) -> TextRecords:
+        """Return what is known of one bucket alone."""
+        return TextRecords(
+            self.result.statistics[name],
+            (name,),
+            self.grams.load_bucket(name),
+            self.gradients.load_bucket(name),
+            self.impacts.load_bucket(name),
+        )
+
+    def calibrate(self) -> None:
+        """Take the statistics of every bucket, and whatever else the method needs."""
+        statistics = {name: self._calibrate_bucket(name) for name in self.calibration_buckets}
+        self.result.statistics = statistics
+        for name in self.calibration_buckets:
+            calibrated_now = f"calibrate:{name}" not in self.result.reused
+            self.result.reused += self.grams.take(name)[calibrated_now:]  # the first came with the calibration
+            self.result.reused += self.gradients.take(name)
+            self.result.reused += self.impacts.take(name)[calibrated_now:]  # heard in the calibration pass
+
+    def _calibrate_bucket(self, name: str) -> BucketStatistics:
+        stage, file = f"calibrate:{name}", self._statistics_file(name)
+        if self._is_calibrated(name):
+            self.result.reused.append(stage)
+            return read_statistics(file)[0]
+        self.folder.forget(stage)
+        started = time.perf_counter()
+        blocks = self.texts.split(name, "calibration")
+        options: dict[str, Any] = {
+            "batch_size": self.recipe.calibrate.batch_size,
+            "progress": self.progress,
+            "label": f"calibrate on {name}",
+            "also": self.impacts.listeners(name),
+        }
+        if self.grams.splits(name):  # both in one pass
+            statistics, grams = collect_with_grams(
+                self.dense, blocks, self.checkpoint.geometry, self.grams.kinds, **options
+            )
+            self.grams.write(name, "calibration", grams, started)
+        else:
+            statistics = collect(self.dense, blocks, self.checkpoint.geometry, **options)
+        self.impacts.keep(name, options["also"], started)
+        write_statistics(
+            file,
+            statistics,
+            {
+                "bucket": name,
+                "model_fingerprint": self.model_fingerprint,
+                "family": self.checkpoint.geometry.family.name,
+                "versions": versions(),
+                "text": blocks.describe(),
+            },
+        )
+        self.folder.finish(stage, self._calibration_key(name), started, tokens=statistics.num_tokens)
+        return statistics
+
+    def _statistics_file(self, name: str) -> Path:
+        return self.folder.path / "statistics" / f"{name}.safetensors"
+
+    def _calibration_key(self, name: str) -> str:
+        options = self.recipe.calibrate.model_dump(exclude={"buckets", "batch_size", "gradient_tokens"})
+        return digest(STATISTICS_VERSION, self.model_fingerprint, self.source_keys[name], options, self.recipe.dtype)
+
+    def _is_calibrated(self, name: str) -> bool:
+        file = self._statistics_file(name)
+        key = self._calibration_key(name)
+        return self.folder.is_done(f"calibrate:{name}", key, file, file.with_suffix(".json"))
+
+    def _merged(self) -> BucketStatistics:
+        if self.recipe.prune.mix:
+            return mix_buckets(self.result.statistics, self.recipe.prune.mix)
+        first, *rest = (self.result.statistics[name] for name in self.pruning_buckets)
+        for statistics in rest:
+            first = merge_buckets(first, statistics)
+        return first
+
+    def _require_enough_text(self) -> None:
+        """Refuse Gram matrices that would be singular; before the text is read, by the most that may be taken."""
+        if (supply := self._supply()) is not None:
+            supply.require()
+
+    def _supply(self) -> Supply | None:
+        """Return how much text Gram matrices rest on; None where none are needed or no limit is known yet."""
+        wanted = self.layer_kinds if self.recipe.prune.reconstruct == "pruned" else self.grams.kinds
+        kinds = [kind for kind in wanted if kind in self.checkpoint.geometry.axes]
+        if not kinds:
+            return None
+        tokens = {name: self._num_calibration_tokens(name) for name in self.pruning_buckets}
+        known = {name: count for name, count in tokens.items() if count is not None}
+        if len(known) < len(tokens):
+            return None
+        return Supply.of(self.checkpoint.geometry, kinds, known, self.recipe.prune.mix)
+
+    def _num_calibration_tokens(self, name: str) -> int | None:
+        """Return the tokens of a bucket that are calibrated on; before it is read, the most that may be."""
+        if name in self.result.statistics:
+            return self.result.statistics[name].num_tokens
+        if self.texts.has(name, "calibration"):
+            return self.texts.split(name, "calibration").num_tokens
+        if self._is_calibrated(name):
+            return read_statistics(self._statistics_file(name))[0].num_tokens
+        return self.recipe.calibrate.max_tokens

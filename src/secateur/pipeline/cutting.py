@@ -1,0 +1,171 @@
+"""A plan's model: cut, reconstructed, saved and described."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from secateur.allocate import with_constants
+from secateur.corpus import (
+    PackedBlocks,
+)
+from secateur.corpus.split import Split
+from secateur.export import export_huggingface
+from secateur.export.model_card import read_front_matter, render_model_card
+from secateur.pipeline.calibration import Calibration
+from secateur.pipeline.card import describe_corpora, describe_origin
+from secateur.pipeline.evaluation import Candidate
+from secateur.pipeline.grams import Reconstructor, summary
+from secateur.pipeline.recovery import (
+    RECOVERED,
+)
+from secateur.pipeline.result import versions
+from secateur.pipeline.rounds import (
+    read_result_plan,
+)
+from secateur.pipeline.streams import FittedWeights, fit_on_pruned_stream
+from secateur.records.plan import Plan
+from secateur.records.statistics import BucketStatistics, normalised
+from secateur.report.tables import parts_table
+from secateur.shrink import shrink_config, shrink_generation_config, shrink_parameters
+from secateur.shrink.apply import Reconstruct
+from secateur.store.artifacts import (
+    digest,
+)
+from secateur.store.checkpoints import (
+    build_model,
+    fingerprint,
+    generation_data,
+    load_model,
+    load_tokenizer,
+    resolve_model,
+    weight_bytes,
+)
+from secateur.stream.sources import LoadedLayers
+
+_BEFORE_RECOVERY = "This is the model before its training; the trained one was saved as `recovered`. "
+
+
+class Cutting(Calibration):
+    """Makes the model of a plan."""
+
+    def shrink(self) -> None:
+        """Cut the model by its plan, save it, reload it and compare."""
+        plan = self._required_plan()
+        folder = self.folder.path / "model"
+        key = digest(self.model_fingerprint, plan.to_dict(), str(self.checkpoint.dtype), self._reconstruction_key())
+        self.result.model_folder = folder
+        if self.folder.is_done("shrink", key, folder / "config.json"):
+            self.result.reused.append("shrink")
+            return
+        started = time.perf_counter()
+        self.folder.forget("shrink")
+        tokenizer = self._tokenizer_of(plan)
+        reconstructor = self._reconstructor(plan)
+        pruned = self._pruned(plan, self.checkpoint.dtype, reconstructor)
+        with self.progress("save and reload", None, "") as task:
+            difference = self._export(pruned, tokenizer, plan, folder)
+            task.advance(1)
+        files = [str(file.relative_to(self.folder.path)) for file in sorted(folder.iterdir())]
+        saved = fingerprint(resolve_model(str(folder)))
+        facts: dict[str, Any] = {"reload_difference": difference, "files": files, "model_fingerprint": saved}
+        if reconstructor is not None:
+            facts["reconstruction"] = dict(summary(reconstructor.reports))
+        self.folder.finish("shrink", key, started, **facts)
+        self._write_card(())
+
+    def _export(self, model: Any, tokenizer: Any, plan: Plan | None, folder: Path) -> float:
+        return export_huggingface(
+            model,
+            tokenizer,
+            plan,
+            folder,
+            source=self.checkpoint.folder,
+            provenance=self._provenance(),
+        )
+
+    def _reconstructor(self, plan: Plan) -> Reconstructor | FittedWeights | None:
+        """Return what gives the weights of projections that lose channels; None keeps their columns as they are."""
+        if self.recipe.prune.reconstruct == "none" or not plan.narrows:
+            return None
+        if self.recipe.prune.reconstruct == "pruned":
+            texts: dict[Split, list[PackedBlocks]] = {
+                split: [self.texts.split(name, split) for name in self.pruning_buckets]
+                for split in ("calibration", "validation")
+            }
+            return fit_on_pruned_stream(
+                LoadedLayers(self.dense, self.checkpoint.geometry),
+                plan,
+                texts["calibration"],
+                texts["validation"],
+                batch_size=self.recipe.calibrate.batch_size,
+                shares=list(normalised(self.recipe.prune.mix).values()) if self.recipe.prune.mix else None,
+                progress=self.progress,
+            )
+        return self.grams.reconstructor()
+
+    def _reconstruction_key(self) -> list[str]:
+        if self.recipe.prune.reconstruct == "none":
+            return []
+        keys = [self.recipe.prune.reconstruct, *(self._calibration_key(name) for name in self.pruning_buckets)]
+        return [*keys, digest(normalised(self.recipe.prune.mix))] if self.recipe.prune.mix else keys
+
+    def _pruned(self, plan: Plan, dtype: torch.dtype | None = None, reconstruct: Reconstruct | None = None) -> Any:
+        """Return the pruned model; only parameters take ``dtype``, rotary tables stay as precise as they were."""
+        geometry = self.checkpoint.geometry
+        config = shrink_config(self.checkpoint.config, plan, geometry)
+        with self.progress("shrink", None, "") as task:
+            refitted = reconstruct.refitted if isinstance(reconstruct, FittedWeights) else None
+            dense = self.dense.state_dict().items()
+            parameters = list(shrink_parameters(dense, plan, geometry, reconstruct, refitted))
+            task.advance(1)
+        return build_model(
+            config,
+            ((name, tensor.to(dtype or tensor.dtype)) for name, tensor in parameters),
+            self.dense,
+            shrink_generation_config(generation_data(self.dense), plan),
+        )
+
+    def _with_constants(self, plan: Plan, statistics: BucketStatistics | None) -> Plan:
+        if statistics is None:
+            return plan
+        means = self.recipe.prune.bias_compensation
+        return with_constants(plan, self.checkpoint.geometry, statistics.moments, self.checkpoint.shapes, means=means)
+
+    def _saved_candidate(self, folder: Path, dtype: str | None = None) -> Candidate:
+        saved, changed = resolve_model(str(folder)), self._required_plan().vocabulary is not None
+        model = load_model(saved, device=self.recipe.device, dtype=dtype or self.recipe.dtype)
+        return Candidate(model, weight_bytes(folder), load_tokenizer(saved) if changed else self.tokenizer)
+
+    def _dense_candidate(self) -> Candidate:
+        return Candidate(self.dense, self.checkpoint.size_bytes, self.tokenizer)
+
+    def _write_card(self, tables: Sequence[str]) -> None:
+        """Write the model card into every model folder of the run that there is."""
+        in_rounds = self.recipe.recover is not None and self.recipe.recover.rounds > 1
+        for folder, recovery in (("model", None), (RECOVERED, self.result.recoveries.get(RECOVERED))):
+            place, plan = self.folder.path / folder, self._required_plan()
+            if not (place / "config.json").is_file():
+                continue
+            if folder == RECOVERED and in_rounds:
+                plan = read_result_plan(place)
+            untrained = folder != RECOVERED and RECOVERED in self.result.recoveries
+            card = render_model_card(
+                plan,
+                base_model=self.recipe.model if self.checkpoint.name == self.recipe.model else self.checkpoint.name,
+                base_metadata=read_front_matter(self.checkpoint.folder),
+                domains=list(self.recipe.domain),
+                tables=[*tables, parts_table(plan.parameters_dense, plan.parameters_pruned).markdown() + "\n"],
+                summary=(_BEFORE_RECOVERY if untrained else "") + self.result.summary,
+                version=versions()["secateur"],
+                recovery=recovery,
+                evaluation=self.result.evaluation,
+                row=RECOVERED if folder == RECOVERED else "pruned",
+                corpora=describe_corpora(self.recipe, self.result.statistics),
+                origin=describe_origin(self.recipe, self.checkpoint, self.model_fingerprint, versions()),
+            )
+            self.folder.write_text(f"{folder}/README.md", card)
