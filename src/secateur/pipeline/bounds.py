@@ -16,7 +16,7 @@ from secateur.errors import CheckpointError, PlanError
 from secateur.progress import Progress
 from secateur.records.evaluation import CONFIDENCE_95, PairedDifference
 from secateur.records.plan import Plan
-from secateur.store.artifacts import read_json, write_json
+from secateur.store.artifacts import digest, read_json, write_json
 
 RESOLUTION = 0.005
 """The search ends when the size is known to this share of all parameters."""
@@ -35,10 +35,12 @@ class Trial:
         share: of all parameters, removed.
         rises: per bucket, the rise of the loss relative to the dense model's: mean and standard error; empty where no
             plan of this size can be made.
+        units: hash of what stays, by which two sizes that come to the same model are known.
     """
 
     share: float
     rises: Mapping[str, tuple[float, float]]
+    units: str = ""
 
     def worst(self, bounds: Mapping[str, float]) -> float:
         """Return the largest rise that 95 % confidence allows, as a part of its bound; 1 or less keeps all bounds."""
@@ -73,11 +75,12 @@ def smallest_within(
     """
     trials = _read(file, key)
     with progress("narrow down the size", _MOST_TRIALS, "sizes") as task:
-        task.advance(len(trials))
+        task.advance(_num_models(trials))
         while (share := next_share(trials, bounds, least)) is not None:
-            trials.append(_try(share, plan, measure))
+            before = _num_models(trials)
+            trials.append(_try(share, plan, measure, trials))
             write_json(file, {"key": key, "trials": [asdict(trial) for trial in trials]})
-            task.advance(1)
+            task.advance(_num_models(trials) - before)
     kept = [trial for trial in trials if trial.worst(bounds) <= 1]
     if not kept:
         raise PlanError(_cannot(trials, bounds))
@@ -85,20 +88,33 @@ def smallest_within(
     told = ", ".join(f"{name} {mean:+.2%} ± {error:.2%}" for name, (mean, error) in sorted(best.rises.items()))
     found = plan(best.share)
     note = (
-        f"{best.share:.2%} of all parameters go: the most of {len(trials)} sizes tried that keeps the loss on "
+        f"{best.share:.2%} of all parameters go: the most of {_num_models(trials)} models tried that keeps the loss on "
         f"validation text within its bound with 95 % confidence ({told})"
     )
     return replace(found, notes=(*found.notes, note))
 
 
 def _try(
-    share: float, plan: Callable[[float], Plan], measure: Callable[[Plan], Mapping[str, PairedDifference]]
+    share: float,
+    plan: Callable[[float], Plan],
+    measure: Callable[[Plan], Mapping[str, PairedDifference]],
+    trials: Sequence[Trial],
 ) -> Trial:
+    """Return what a size comes to; widths are rounded, so it may be a model that was measured already."""
     try:
         made = plan(share)
     except PlanError:
         return Trial(share, {})
-    return Trial(share, {name: (rise.mean, rise.stderr) for name, rise in measure(made).items()})
+    kept = {kind: [layer.keep for layer in layers] for kind, layers in made.layers.items()}
+    units = digest(kept, made.vocabulary.keep if made.vocabulary else None)
+    same = next((trial for trial in trials if trial.units == units), None)
+    rises = same.rises if same else {name: (rise.mean, rise.stderr) for name, rise in measure(made).items()}
+    return Trial(share, rises, units)
+
+
+def _num_models(trials: Sequence[Trial]) -> int:
+    """Return how many models were tried; sizes without a plan count each."""
+    return len({trial.units or trial.share for trial in trials})
 
 
 def next_share(trials: Sequence[Trial], bounds: Mapping[str, float], least: float) -> float | None:
@@ -111,7 +127,7 @@ def next_share(trials: Sequence[Trial], bounds: Mapping[str, float], least: floa
     """
     low = max((trial.share for trial in trials if trial.worst(bounds) <= 1), default=least)
     high = min((trial.share for trial in trials if trial.worst(bounds) > 1 and trial.share > low), default=_LAST)
-    if len(trials) >= _MOST_TRIALS or high - low <= RESOLUTION:
+    if _num_models(trials) >= _MOST_TRIALS or high - low <= RESOLUTION:
         return None
     if not trials:
         return min(least + _FIRST, (least + _LAST) / 2)
@@ -158,7 +174,11 @@ def _read(file: Path, key: str) -> list[Trial]:
         return []
     try:
         return [
-            Trial(trial["share"], {name: (rise[0], rise[1]) for name, rise in trial["rises"].items()})
+            Trial(
+                trial["share"],
+                {name: (rise[0], rise[1]) for name, rise in trial["rises"].items()},
+                str(trial.get("units", "")),
+            )
             for trial in data["trials"]
         ]
     except (KeyError, TypeError, IndexError, AttributeError) as error:

@@ -18,7 +18,7 @@ Rise = Callable[[float], float]
 
 
 def _plan(share: float) -> Plan:
-    layers = {"ffn_channel": (LayerPlan(10, (0,)),)}
+    layers = {"ffn_channel": (LayerPlan(100_000, tuple(range(1, 2 + round(9_000 * share)))),)}
     return Plan("llama", "", "uniform", "obs", {}, {"parameters": share}, layers, {"ffn": 1000}, {"ffn": 900})
 
 
@@ -87,6 +87,28 @@ def test_trials_are_not_repeated(tmp_path: Path) -> None:
         raise AssertionError("measured again")
 
     assert _find(tmp_path, {"medical": never}, {"medical": 0.3}) == first
+
+
+def test_a_model_is_measured_once_however_many_sizes_come_to_it(tmp_path: Path) -> None:
+    """Widths that are rounded to steps make one model of many sizes; those cost nothing and are not counted."""
+    measured: list[float] = []
+
+    def rises(made: Plan) -> dict[str, PairedDifference]:
+        removed = round(made.budget["parameters"] / 0.05) * 0.05
+        measured.append(removed)
+        return {"medical": PairedDifference(removed, 0.0)}
+
+    def plan(share: float) -> Plan:
+        kept = 100 - 5 * round(share / 0.05)
+        layers = {"ffn_channel": (LayerPlan(100, tuple(range(kept))),)}
+        return Plan("llama", "", "uniform", "obs", {}, {"parameters": share}, layers, {"ffn": 1000}, {"ffn": 900})
+
+    found = smallest_within(
+        {"medical": 0.32}, least=0.0, plan=plan, measure=rises, file=tmp_path / "s.json", key="", progress=silent
+    )
+    assert len(found.layers["ffn_channel"][0].keep) == 70
+    assert len(set(measured)) == len(measured)
+    assert any(f"{len(measured)} models tried" in note for note in found.notes)
 
 
 def test_sizes_that_cannot_be_planned_count_as_too_small_a_model(tmp_path: Path) -> None:
