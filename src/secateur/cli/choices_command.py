@@ -80,17 +80,26 @@ def make(
     quiet_libraries()
     from secateur.corpus.choice_sources import QUESTION, read_terms, read_texts
     from secateur.corpus.make_choices import MakeOptions, continuation_questions, definition_questions
+    from secateur.errors import CorpusError
     from secateur.files import replacing
     from secateur.recipe import CorpusSpec
     from secateur.report.tables import Table
 
     options = MakeOptions(num=num, num_choices=num_choices, distractors=distractors, seed=seed)
-    spec = CorpusSpec(path=corpus, text=text)
-    if term is None or definition is None:
-        made = continuation_questions(read_texts(spec, split, subject=subject), options)
-    else:
-        asked = question or QUESTION
-        made = definition_questions(read_terms(spec, term, definition, split, question=asked, subject=subject), options)
+    spec, asked = CorpusSpec(path=corpus, text=text), question or QUESTION
+    try:
+        if term is None or definition is None:
+            made = continuation_questions(read_texts(spec, split, subject=subject), options)
+        else:
+            terms = read_terms(spec, term, definition, split, question=asked, subject=subject)
+            made = definition_questions(terms, options)
+    except CorpusError as error:
+        if text is None and "Set text:" in str(error):
+            raise CorpusError(
+                f"{error} Here that is --text TEMPLATE: the one of your recipe, because a document's text decides "
+                f"whether it is test text. With --split all none is needed."
+            ) from None
+        raise
     with replacing(out) as file:
         for one in made.questions:
             file.write((json.dumps(one.to_dict(), ensure_ascii=False) + "\n").encode())
