@@ -12,13 +12,14 @@ import pytest
 import torch
 from torch import Tensor
 
-from secateur.calibrate import collect, collect_gradients, collect_impacts
+from secateur.calibrate import collect, collect_gradients, collect_impacts, learn_masks
 from secateur.errors import ConfigError
 from secateur.families.geometry import Geometry
 from secateur.families.loader import families
 from secateur.records.gradients import SUMS, GradientStatistics, UnitGradients
 from secateur.records.gram import Grams
 from secateur.records.impacts import TENSORS, ImpactStatistics, UnitImpacts, judged
+from secateur.records.masks import MaskSettings, MaskStatistics
 from secateur.records.statistics import BucketStatistics, Moments, SequenceSums
 from secateur.records.units import BLOCK_KINDS, FFN_CHANNEL, GQA_GROUP, LAYER_UNIT_KINDS, QUERY_HEAD
 from secateur.score import METHODS, Evidence, TextRecords, score_units
@@ -81,6 +82,7 @@ def text_evidence(kind: str, seed: int = 0) -> Evidence:
     )
     impacts = judged(torch.rand(6, NUM_UNITS, dtype=torch.float64, generator=generator))
     outputs = [torch.rand(NUM_UNITS, dtype=torch.float64, generator=generator) * 40 for _ in range(2)]
+    masks = torch.rand(NUM_UNITS, dtype=torch.float64, generator=generator)
     return Evidence(
         kind=kind,
         layer=1,
@@ -95,6 +97,7 @@ def text_evidence(kind: str, seed: int = 0) -> Evidence:
         load_gradients=lambda: gradients,
         seed=7,
         load_impacts=lambda: impacts,
+        load_masks=lambda: masks,
     )
 
 
@@ -131,6 +134,7 @@ def permuted(item: Evidence, order: Tensor) -> Evidence:
     gradients = UnitGradients(slopes.count, **sums_of_units, output=slopes.output, sketch=slopes.sketch[order])
     seen = item.load_impacts()
     impacts = UnitImpacts(seen.count, **{name: getattr(seen, name)[order] for name in TENSORS})
+    masks = item.load_masks()[order]
     weights = [matrix[order] for matrix in item.load_weights()]
     places = channels(torch.arange(item.num_units * item.width))
     return replace(
@@ -143,6 +147,7 @@ def permuted(item: Evidence, order: Tensor) -> Evidence:
         load_gram=lambda: item.load_gram()[places][:, places],
         load_gradients=lambda: gradients,
         load_impacts=lambda: impacts,
+        load_masks=lambda: masks,
         of_bucket=lambda name: permuted(item.of_bucket(name), order),
     )
 
@@ -152,7 +157,7 @@ def tensors(item: Evidence) -> list[Tensor]:
     sums, gradients = item.moments, item.load_gradients()
     loaded = [*item.load_weights(), item.load_reader(), item.load_gram(), *(getattr(gradients, n) for n in SUMS)]
     if item.kind not in BLOCK_KINDS:
-        loaded += [getattr(item.load_impacts(), name) for name in TENSORS]
+        loaded += [item.load_masks(), *(getattr(item.load_impacts(), name) for name in TENSORS)]
     return [sums.sum, sums.sum_abs, sums.sum_sq, item.sequences.mean_abs_sq, *item.linear_abs, *loaded]
 
 
@@ -222,6 +227,7 @@ def test_methods_read_what_they_say_they_need(method: str, options: dict[str, An
             load_gram=watched("Gram matrices", text.load_gram),
             load_gradients=watched("gradients", text.load_gradients),
             load_impacts=watched("impacts", text.load_impacts),
+            load_masks=watched("masks", text.load_masks),
             of_bucket=lambda name: watching(text.of_bucket(name)),
         )
 
@@ -242,6 +248,7 @@ def test_methods_read_what_they_say_they_need(method: str, options: dict[str, An
     assert ("Gram matrices" in read) == METHODS[method].gram
     assert ("gradients" in read) == METHODS[method].gradient
     assert ("impacts" in read) == METHODS[method].impact
+    assert ("masks" in read) == METHODS[method].mask
     assert ("measured removals" in read) == bool(METHODS[method].measure)
     if needs == "nothing":
         assert torch.equal(score(method, other, options), expected)
@@ -297,6 +304,7 @@ class Planted:
     grams: Grams
     gradients: GradientStatistics
     impacts: ImpactStatistics
+    masks: MaskStatistics
     useful: dict[str, list[list[int]]]
 
 
@@ -326,7 +334,14 @@ def planted() -> Planted:
     gradients = collect_gradients(model, blocks, geometry, LAYER_UNIT_KINDS, outputs=True, sketch=True)
     impacts = collect_impacts(model, blocks, geometry, LAYER_UNIT_KINDS)
     sums, grams = collect(model, blocks, geometry), grams_of(model, blocks, geometry)
-    return Planted(model, geometry, sums, grams, gradients, impacts, useful)
+    return Planted(model, geometry, sums, grams, gradients, impacts, masks_of(model, geometry), useful)
+
+
+def masks_of(model: Any, geometry: Geometry) -> MaskStatistics:
+    """Return masks that were trained for half the units of every kind, each kind by itself."""
+    settings = MaskSettings(target=0.5, steps=100, learning_rate=0.3, objective="kl")
+    trained = [learn_masks(model, hand_made_blocks(), geometry, [kind], settings) for kind in LAYER_UNIT_KINDS]
+    return replace(trained[0], units={site: values for masks in trained for site, values in masks.units.items()})
 
 
 def best_units(method: str, kind: str, options: dict[str, Any], seed: int = 0) -> list[list[int]]:
@@ -345,6 +360,7 @@ def best_units(method: str, kind: str, options: dict[str, Any], seed: int = 0) -
             gradients=case.gradients,
             impacts=case.impacts,
             by_bucket={"general": TextRecords(case.statistics, (), case.grams, case.gradients, case.impacts)},
+            masks=case.masks,
         ).values[kind]
     except ConfigError as error:
         assert kind in str(error)

@@ -9,9 +9,10 @@ from typing import Any
 import torch
 
 from secateur.allocate import Request, make_plan
-from secateur.calibrate import collect, collect_gradients, collect_impacts
+from secateur.calibrate import collect, collect_gradients, collect_impacts, learn_masks
 from secateur.errors import ConfigError
 from secateur.families.loader import families
+from secateur.records.masks import MaskSettings
 from secateur.records.units import LAYER_UNIT_KINDS
 from secateur.score import METHODS, TextRecords, score_units
 from tests.blocks import hand_made_blocks
@@ -42,6 +43,8 @@ def compute() -> dict[str, Any]:
     every = {"outputs": True, "sketch": True}
     gradients = collect_gradients(model, hand_made_blocks(), geometry, LAYER_UNIT_KINDS, **every)
     impacts = collect_impacts(model, hand_made_blocks(), geometry, LAYER_UNIT_KINDS)
+    short = MaskSettings(target=0.34, steps=4, learning_rate=0.3, objective="loss")
+    masks = {kind: learn_masks(model, hand_made_blocks(), geometry, [kind], short) for kind in LAYER_UNIT_KINDS}
     other = hand_made_blocks(seed=1)
     general = TextRecords(
         collect(model, other, geometry),
@@ -69,6 +72,7 @@ def compute() -> dict[str, Any]:
                         removal_losses={kind: [0.25, 0.5]},
                         impacts=impacts,
                         by_bucket={"general": general},
+                        masks=masks.get(kind),
                     )
                 except ConfigError as error:
                     entry[kind] = {"refused": str(error)}

@@ -10,6 +10,7 @@ import shutil
 import tempfile
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
+from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
@@ -22,6 +23,7 @@ from secateur.errors import CheckpointError, ExportError
 from secateur.files import replacing
 from secateur.records.gradients import OPTIONAL, SUMS, GradientStatistics, UnitGradients
 from secateur.records.impacts import TENSORS, ImpactStatistics, UnitImpacts
+from secateur.records.masks import MaskStatistics, MaskStep
 from secateur.records.scores import Scores
 from secateur.records.statistics import BucketStatistics, Moments, SequenceSums
 from secateur.records.token_counts import TokenCounts
@@ -30,6 +32,7 @@ from secateur.records.units import ATTENTION, FFN
 STATISTICS_VERSION = 2
 GRADIENTS_VERSION = 2
 IMPACTS_VERSION = 1
+MASKS_VERSION = 1
 TOKEN_COUNTS_VERSION = 1
 _DISK_FULL = "the disk is full: {} could not be written. Free space, or choose another output."
 
@@ -270,6 +273,35 @@ def read_impacts(path: Path) -> ImpactStatistics:
             for place, count in metadata["counts"].items()
         }
         return ImpactStatistics(metadata["num_documents"], units)
+    except KeyError as error:
+        raise CheckpointError(f"{path} lacks {error}. Delete it; it will be made again.") from None
+
+
+def write_masks(path: Path, masks: MaskStatistics, metadata: Mapping[str, Any]) -> None:
+    """Write one bucket's trained masks as ``path`` (.safetensors) and a JSON file beside it, which tells every step."""
+    tensors = {f"units/{layer}/{kind}": values for (layer, kind), values in masks.units.items()}
+    plain = {
+        "schema_version": MASKS_VERSION,
+        "num_tokens": masks.num_tokens,
+        "removed": masks.removed,
+        "steps": [asdict(step) for step in masks.steps],
+    }
+    _write_tensors(path, tensors, {**plain, **metadata})
+
+
+def read_masks(path: Path) -> MaskStatistics:
+    """Return what ``write_masks`` wrote.
+
+    Raises:
+        CheckpointError: the files are missing, broken, or of another version.
+    """
+    metadata, tensors = read_json(path.with_suffix(".json")), _read_tensors(path)
+    if metadata.get("schema_version") != MASKS_VERSION:
+        raise CheckpointError(f"{path} has another version of the masks. Delete it; it will be made again.")
+    try:
+        units = {_site(place): values for place, values in sorted(tensors.items())}
+        steps = tuple(MaskStep(**step) for step in metadata["steps"])
+        return MaskStatistics(metadata["num_tokens"], metadata["removed"], units, steps)
     except KeyError as error:
         raise CheckpointError(f"{path} lacks {error}. Delete it; it will be made again.") from None
 

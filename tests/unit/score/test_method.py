@@ -11,6 +11,7 @@ from pydantic import Field
 from torch import Tensor
 
 from secateur.errors import ConfigError
+from secateur.records.masks import MaskSettings
 from secateur.score.method import METHODS, Evidence, Method, register
 
 
@@ -109,6 +110,15 @@ def test_whether_gram_matrices_or_gradients_are_read_depends_on_the_methods_that
     assert METHODS["taylor"].reads_gradients({"order": "second"}) and not METHODS["taylor"].reads_grams({})
     assert not METHODS["obs"].reads_gradients({}) and not METHODS["reversed"].reads_gradients({})
     assert METHODS["reversed"].reads_gradients({"of": "fisher"})
+
+
+def test_how_masks_are_trained_depends_on_the_options_of_the_method_that_reads_them() -> None:
+    """Its own, with defaults; the defaults alone where another method names it; nothing for all others."""
+    own = METHODS["learned_mask"].mask_settings({"target": 0.4, "objective": "kl"})
+    assert own == MaskSettings(target=0.4, steps=200, learning_rate=0.3, objective="kl")
+    named = METHODS["reversed"].mask_settings({"of": "learned_mask"})
+    assert named == METHODS["learned_mask"].mask_settings({}) and named is not None and named.target == 0.25
+    assert METHODS["fisher"].mask_settings({}) is None
 
 
 def test_a_method_without_options_says_so() -> None:
