@@ -50,6 +50,7 @@ from secateur.export.targets import export_folder
 from secateur.families.geometry import Geometry, build_geometry
 from secateur.families.loader import family_of
 from secateur.pipeline.compare import compare as compare_folders
+from secateur.pipeline.experts import ExpertsResult, run_experts
 from secateur.pipeline.gradients import together as gradients_together
 from secateur.pipeline.grams import Reconstructor, Supply, judging_tokens, together
 from secateur.pipeline.impacts import require_no_mix
@@ -96,7 +97,7 @@ from secateur.recover.examples import TrainingExamples
 from secateur.recover.teacher import Distillation, NextToken
 from secateur.recover.train import train
 from secateur.registry import unknown_name
-from secateur.score import METHODS, Outcome, TextRecords, notes_on, score_units
+from secateur.score import METHODS, Outcome, TextRecords, notes_on, score_units, union_note
 from secateur.shrink import shrink_config, shrink_generation_config, shrink_parameters
 from secateur.store.artifacts import digest
 from secateur.store.checkpoints import build_model, fingerprint_loaded, generation_data, parameter
@@ -204,6 +205,30 @@ def matrix(
     """
     whole = _recipe(recipe, overrides)
     return run_matrix(whole, budgets=budgets, max_time=max_time, progress=progress)
+
+
+def experts(
+    recipe: Recipe | Mapping[str, Any] | str | Path,
+    *,
+    only: Sequence[str] | None = None,
+    max_time: float | None = None,
+    progress: Progress = silent,
+    **overrides: Any,
+) -> ExpertsResult:
+    """Make one expert for each of a recipe's domains, over one calibration, and return how each does on all of them.
+
+    Args:
+        recipe: a recipe, its plain data, or the path of a YAML file; its output is the folder of the family.
+        only: domains to make an expert of now; None makes all.
+        max_time: seconds after which no further expert is begun.
+        progress: told about everything that takes time.
+        overrides: top-level recipe keys that win over the recipe's, for example ``output="runs/b"``.
+
+    Raises:
+        SecateurError: anything a user can mend.
+    """
+    whole = _recipe(recipe, overrides)
+    return run_experts(whole, only=only, max_time=max_time, progress=progress)
 
 
 def _recipe(recipe: Recipe | Mapping[str, Any] | str | Path, overrides: Mapping[str, Any]) -> Recipe:
@@ -491,6 +516,7 @@ def plan(
     shares = normalised(texts.mix) if texts.mix else {}
     fingerprints = {name: bucket.corpus_fingerprint for name, bucket in texts.statistics.buckets.items()}
     said = notes_on(scores.method, Outcome(spec.options, scores.values, made, fingerprints)) if kinds else []
+    said += [union_note(texts.names)] if spec.combine == "union" else []
     made = replace(made, mix=shares, notes=(*made.notes, *said, *texts.notes(geometry, kinds)))
     return with_constants(made, geometry, texts.merged.moments, shapes, means=spec.bias_compensation)
 
@@ -513,6 +539,7 @@ def _score(model: Any, texts: _Texts, spec: PruneSpec, geometry: Geometry) -> Sc
     named = method.named_buckets(spec.options) if spec.width_kinds() else []
     pipeline.require_buckets(named, texts.statistics.buckets, f"method {spec.method}")
     require_no_mix(spec.method, method.reads_impacts(spec.options), spec.mix)
+    union = spec.combine == "union"
     if reads_grams:
         texts.require_grams(geometry, spec.width_kinds(), f"method {spec.method}")
     return score_units(
@@ -530,7 +557,8 @@ def _score(model: Any, texts: _Texts, spec: PruneSpec, geometry: Geometry) -> Sc
         depth_method=spec.depth_method,
         depth_options=spec.depth_options,
         impacts=texts.impacts(),
-        by_bucket={name: texts.of_bucket(name) for name in named},
+        by_bucket={name: texts.of_bucket(name) for name in [*named, *(texts.names if union else ())]},
+        combine=spec.combine,
     )
 
 

@@ -256,6 +256,7 @@ class PruneSpec(_Record):
     bias_compensation: bool = False
     buckets: Annotated[list[str], Field(min_length=1)] | None = None
     mix: Annotated[dict[str, Weight], Field(min_length=1)] | None = None
+    combine: Literal["mean", "union"] = "mean"
     seed: int = 0
 
     @model_validator(mode="before")
@@ -304,6 +305,24 @@ class PruneSpec(_Record):
             raise ValueError(
                 "mix weighs the text that units of layers are chosen by, and only the vocabulary is cut; remove mix, "
                 "or say under vocabulary.buckets whose text is counted"
+            )
+        return self
+
+    @model_validator(mode="after")
+    def _union_of_ranks(self) -> PruneSpec:
+        """A union is of ranks in layers, on texts that are not weighed."""
+        if self.combine != "union":
+            return self
+        if self.mix is not None:
+            raise ValueError(
+                "mix weighs texts as one, and combine: union looks at them one by one; give one of them, and name the "
+                "texts under buckets"
+            )
+        if self.block_kinds() or not self.width_kinds():
+            named = ", ".join(self.block_kinds()) or "vocabulary alone"
+            raise ValueError(
+                "combine: union ranks units in their layer, so it is for ffn_channel, gqa_group and query_head; units "
+                f"names {named}; use combine: mean"
             )
         return self
 
@@ -469,6 +488,7 @@ class RecoverSpec(_Record):
     replay: Annotated[float, Field(ge=0.0, lt=1.0)] = 0.0
     select: SelectSpec = SelectSpec()
     responses: ResponsesSpec | None = None
+    buckets: Annotated[list[str], Field(min_length=1)] | None = None
     rounds: Annotated[int, Field(ge=1)] = 1
     baselines: list[Literal["dense", "random"]] = ["dense", "random"]
     evaluations: Annotated[int, Field(ge=1)] = 8
@@ -704,6 +724,24 @@ class Recipe(_Record):
         return self
 
     @model_validator(mode="after")
+    def _union_of_texts(self) -> Recipe:
+        deciding = self.prune.buckets or list(self.domain)
+        if self.prune.combine == "union" and len(set(deciding)) < 2:
+            raise ValueError(
+                f"prune.combine: union needs two texts that decide, and there is {deciding[0]} alone; name more under "
+                "prune.buckets, or use combine: mean"
+            )
+        return self
+
+    @model_validator(mode="after")
+    def _trained_on_domains(self) -> Recipe:
+        for name in (self.recover and self.recover.buckets) or ():
+            if name not in self.domain:
+                known = ", ".join(self.domain)
+                raise ValueError(f"recover.buckets names {name!r}, which is no domain; there are {known}")
+        return self
+
+    @model_validator(mode="after")
     def _general_bound_has_text(self) -> Recipe:
         budget = self.prune.budget
         if budget is not None and budget.max_general_loss is not None and self.general is None:
@@ -717,6 +755,11 @@ class Recipe(_Record):
             return {}
         bounds = dict.fromkeys(self.domain, budget.max_domain_loss) | {"general": budget.max_general_loss}
         return {name: bound for name, bound in bounds.items() if bound is not None}
+
+    def trained_domains(self) -> list[str]:
+        """Return the domains whose text a recovery trains on, in the recipe's order."""
+        chosen = self.recover.buckets if self.recover is not None else None
+        return [name for name in self.domain if chosen is None or name in chosen]
 
     def buckets(self) -> dict[str, CorpusSpec]:
         """Return all buckets by name, the domains first, the general one (if any) last."""

@@ -74,6 +74,11 @@ def test_the_api_plans_what_a_run_plans(tmp_path: Path, monkeypatch: pytest.Monk
     assert result.plan is not None and result.evaluation is not None
     assert plan.layers == result.plan.layers
     assert list(plan.calibrated_on) == ["medical"]
+    both = {"budget": {"channels": 0.25}, "buckets": ["medical", "general"]}
+    union = secateur.plan(model, statistics, **both, combine="union")
+    asked = secateur.run({**recipe, "prune": {**both, "combine": "union"}}, until="plan").plan
+    assert asked is not None and asked.layers == union.layers != secateur.plan(model, statistics, **both).layers
+    assert union.notes == asked.notes and "medical, general one by one" in " ".join(union.notes)
     score = secateur.evaluate(
         secateur.shrink(model, plan), tokenizer, text, exclude=statistics, max_tokens=768, block_size=64
     )

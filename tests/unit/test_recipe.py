@@ -315,6 +315,16 @@ def test_unknown_keys_are_refused_with_the_nearest_one(
             {"export": [{"to": "gguf", "round_to_fit": "much"}]},
             "export.0.round_to_fit: input should be a valid boolean",
         ),
+        (
+            {"prune": {"combine": "union"}},
+            "prune.combine: union needs two texts that decide, and there is",
+        ),
+        ({"prune": {"combine": "union", "mix": {"a": 1.0, "b": 2.0}}}, "prune: mix weighs texts as one, and combine"),
+        (
+            {"prune": {"combine": "union", "budget": {"layers": 0.2}}},
+            "gqa_group and query_head; units names layer; use combine: mean",
+        ),
+        ({"recover": {"buckets": ["nowhere"]}}, "recover.buckets names 'nowhere', which is no domain; there are"),
         ({"dtype": "int8"}, "dtype: input should be 'auto', 'float32'"),
     ],
 )

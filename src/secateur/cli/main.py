@@ -27,6 +27,7 @@ COMMANDS = {
     "report": "Build the page report.html of a finished run again, and its charts as files.",
     "compare": "Set finished runs side by side: results, differences with confidence, plans, recipes.",
     "matrix": "Prune on each domain alone and measure on all: does the calibration text matter?",
+    "experts": "Make one expert per domain, over one calibration, and measure each on all of them.",
     "sweep": "Run a recipe with parts of it varied, and map size against quality.",
     "speed": "Measure how large and how fast models are on this machine, in turn.",
     "chat": "Talk to a pruned model, in transformers or llama.cpp.",

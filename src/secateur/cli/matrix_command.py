@@ -24,13 +24,14 @@ def command(budgets: str | None, max_time: str | None, keep_models: bool, **argu
     text (where the recipe has it) and a random cut. Models that are measured are kept and reused.
     """
     from secateur.cli.console import print_json, print_table, progress_for, quiet_libraries
+    from secateur.cli.limits import seconds_of
     from secateur.pipeline.matrix import run_matrix
     from secateur.recipe import load_recipe
     from secateur.report.matrix import matrix_notes, matrix_tables, matrix_verdict
 
     options = RecipeOptions(**arguments)
     recipe = load_recipe(options.recipe, options.overrides())
-    shares, seconds = _shares(budgets), _seconds(max_time)
+    shares, seconds = _shares(budgets), seconds_of(max_time)
     quiet_libraries()
     with progress_for(options.as_json, options.quiet) as progress:
         result = run_matrix(
@@ -72,17 +73,3 @@ def _shares(text: str | None) -> list[float] | None:
         return [float(part) for part in text.split(",")]
     except ValueError:
         raise ConfigError(f"cannot read --budgets {text!r}; write shares with commas, for example 0.1,0.2") from None
-
-
-def _seconds(text: str | None) -> float | None:
-    from secateur.errors import ConfigError
-    from secateur.recipe import parse_seconds
-
-    if text is None:
-        return None
-    try:
-        value = parse_seconds(text)
-    except ValueError as error:
-        raise ConfigError(f"--max-time: {error}") from None
-    assert isinstance(value, float)
-    return value

@@ -22,7 +22,7 @@ _FOLDER = click.Path(file_okay=False, path_type=Path)
 def command(run_folder: Path, svg: Path | None, png: Path | None, as_json: bool) -> None:
     """Build the page report.html of RUN_FOLDER again from the results in it; no model is loaded.
 
-    RUN_FOLDER is that of a run, of a sweep or of a domain matrix.
+    RUN_FOLDER is that of a run, of a sweep, of a domain matrix or of a family of experts.
 
     The page is one file without links: it opens from disk, prints, and can be sent to others. It needs the package
     vl-convert-python (pip install 'secateur[report]').
@@ -47,6 +47,7 @@ def command(run_folder: Path, svg: Path | None, png: Path | None, as_json: bool)
 
 def _kind_of(folder: Path) -> tuple[Callable[[Path], Path], Callable[[Path], Document]]:
     """Return what writes the page of a folder, and what reads it from there."""
+    from secateur.pipeline import experts
     from secateur.pipeline.matrix import MATRIX, document_of, write_matrix_page
     from secateur.pipeline.page import read_run, write_page
     from secateur.pipeline.sweep import is_sweep, read_sweep, write_sweep_page
@@ -57,4 +58,6 @@ def _kind_of(folder: Path) -> tuple[Callable[[Path], Path], Callable[[Path], Doc
         return write_sweep_page, lambda folder: sweep_document(read_sweep(folder))
     if (folder / MATRIX).is_file():
         return write_matrix_page, document_of
+    if (folder / experts.EXPERTS).is_file():
+        return experts.write_experts_page, experts.document_of
     return write_page, lambda folder: run_document(read_run(folder))

@@ -43,6 +43,7 @@ def command(
     again. Models are deleted once they have been measured, unless sweep.keep_models says otherwise.
     """
     from secateur.cli.console import print_json, progress_for, quiet_libraries
+    from secateur.cli.limits import seconds_of
     from secateur.recipe import parse_override
     from secateur.sweep_recipe import chosen, load_sweep, points_of
 
@@ -58,7 +59,7 @@ def command(
         for point in points:
             click.echo(f"{point.name}: " + ", ".join(f"{key}={value}" for key, value in point.overrides.items()))
         return
-    seconds = _seconds(max_time)
+    seconds = seconds_of(max_time)
     quiet_libraries()
     from secateur.pipeline.cluster import Cluster
     from secateur.pipeline.sweep import run_sweep
@@ -76,17 +77,6 @@ def command(
             on_result=_silent if quiet else _Teller(recipe.domain).tell,
         )
     _show(result, as_json=as_json)
-
-
-def _seconds(text: str | None) -> float | None:
-    from secateur.errors import ConfigError
-    from secateur.recipe import parse_seconds
-
-    try:
-        value = parse_seconds(text)
-    except ValueError as error:
-        raise ConfigError(f"--max-time: {error}.") from None
-    return None if value is None else float(str(value))
 
 
 def _silent(result: TrialResult, point: SweepPoint) -> None:

@@ -1,4 +1,4 @@
-"""A run's text and what the dense model makes of it: statistics, Gram matrices, gradients, impacts."""
+"""A run's text and what the dense model makes of it: statistics, Gram matrices, gradients, impacts, masks."""
 
 from __future__ import annotations
 
@@ -15,17 +15,20 @@ from secateur.calibrate import (
     collect_grams,
     collect_impacts,
     collect_with_grams,
+    learn_masks,
 )
 from secateur.corpus.split import Split, assign_split
 from secateur.pipeline.gradients import GradientStage
 from secateur.pipeline.grams import GramStage, Supply
 from secateur.pipeline.impacts import ImpactStage
 from secateur.pipeline.inputs import Inputs
+from secateur.pipeline.masks import MaskStage
 from secateur.pipeline.result import versions
 from secateur.pipeline.search import MEASURED
 from secateur.pipeline.texts import Texts
 from secateur.records.gradients import GradientStatistics
 from secateur.records.gram import GramsInMemory
+from secateur.records.masks import MaskSettings, MaskStatistics
 from secateur.records.statistics import BucketStatistics, merge_buckets, mix_buckets
 from secateur.score import METHODS, TextRecords
 from secateur.store.artifacts import (
@@ -174,6 +177,38 @@ class Calibration(Inputs):
             ),
         )
 
+    @cached_property
+    def masks(self) -> MaskStage:
+        """The trained masks' part of the run; it does nothing where the method does without."""
+        prune = self.recipe.prune
+        return MaskStage(
+            settings=METHODS[prune.method].mask_settings(prune.options),
+            kinds=prune.width_kinds(),
+            buckets=self.pruning_buckets,
+            references=self.reference_buckets if METHODS[prune.method].contrast else [],
+            max_tokens=self.recipe.calibrate.gradient_tokens,
+            seed=prune.seed,
+            folder=self.folder,
+            facts={"model_fingerprint": self.model_fingerprint},
+            key=self._calibration_key,
+            learn=self._learn_masks,
+            mix=prune.mix,
+        )
+
+    def _learn_masks(self, name: str, settings: MaskSettings) -> MaskStatistics:
+        return learn_masks(
+            self.dense,
+            self.texts.split(name, "calibration"),
+            self.checkpoint.geometry,
+            self.masks.kinds,
+            settings,
+            seed=self.masks.seed,
+            max_tokens=self.masks.max_tokens,
+            progress=self.progress,
+            label=f"masks on {name}",
+            who=f"method {self.recipe.prune.method}",
+        )
+
     def _records_of(self, name: str) -> TextRecords:
         """Return what is known of one bucket alone."""
         return TextRecords(
@@ -182,6 +217,7 @@ class Calibration(Inputs):
             self.grams.load_bucket(name),
             self.gradients.load_bucket(name),
             self.impacts.load_bucket(name),
+            self.masks.load_bucket(name),
         )
 
     def calibrate(self) -> None:
@@ -192,6 +228,7 @@ class Calibration(Inputs):
             calibrated_now = f"calibrate:{name}" not in self.result.reused
             self.result.reused += self.grams.take(name)[calibrated_now:]  # the first came with the calibration
             self.result.reused += self.gradients.take(name)
+            self.result.reused += self.masks.take(name)
             self.result.reused += self.impacts.take(name)[calibrated_now:]  # heard in the calibration pass
 
     def _calibrate_bucket(self, name: str) -> BucketStatistics:

@@ -28,7 +28,7 @@ from secateur.progress import Progress
 from secateur.recipe import Recipe
 from secateur.records.plan import Plan, VocabularyPlan
 from secateur.records.scores import Scores
-from secateur.score import METHODS
+from secateur.score import METHODS, require_union
 from secateur.store.artifacts import (
     digest,
 )
@@ -150,7 +150,7 @@ class Inputs:
 
     @cached_property
     def reference_buckets(self) -> list[str]:
-        """Buckets that the method looks at one by one, by its options."""
+        """Buckets that the method looks at one by one: by its options, or because each is scored alone."""
         prune = self.recipe.prune
         if not prune.width_kinds():
             return []
@@ -159,6 +159,9 @@ class Inputs:
         require_buckets(named, self.recipe.buckets(), key)
         require_buckets(named, self.calibration_buckets, f"{key} with calibrate.buckets")
         require_no_mix(prune.method, METHODS[prune.method].reads_impacts(prune.options), prune.mix)
+        if prune.combine == "union":
+            require_union(prune.method, prune.options, self.pruning_buckets)
+            return list(dict.fromkeys([*named, *self.pruning_buckets]))
         return named
 
     @cached_property

@@ -149,7 +149,7 @@ class Job(Measuring):
         terms = terms_of(self.checkpoint)
         self.result.notes = (f"sharing: {terms.describe()}",) if terms.duties else ()
         device = choose_device(self.recipe.device)
-        if self.gradients.kinds:
+        if self.gradients.kinds or self.masks.is_needed:
             dtype = choose_dtype(self.recipe.dtype, self.checkpoint.dtype, device)
             require_dtype(dtype, "the model", f"method {self.recipe.prune.method}")
         if self.vocabulary is not None:
@@ -212,8 +212,8 @@ class Job(Measuring):
     def _read_new_text(self, until: Stage) -> None:
         """Read the text that is still to be calibrated on, and the test text, so that too little is said now."""
         for name in self.calibration_buckets:
-            missing = self.gradients.is_missing(name) or self.impacts.is_missing(name)
-            if missing or not self._is_calibrated(name):
+            stages = self.gradients, self.impacts, self.masks
+            if any(stage.is_missing(name) for stage in stages) or not self._is_calibrated(name):
                 _ = self.texts.split(name, "calibration")
             for split in self.grams.missing(name):
                 _ = self.texts.split(name, split)

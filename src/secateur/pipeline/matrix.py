@@ -180,6 +180,8 @@ def _cells(recipe: Recipe, budgets: Sequence[Mapping[str, Any] | None]) -> list[
     for budget in budgets:
         for row in rows:
             changes: dict[str, Any] = {"prune.buckets": [row], "prune.mix": None, "calibrate.buckets": None}
+            if recipe.prune.combine != "mean":
+                changes["prune.combine"] = "mean"
             changes["evaluate.controls"] = ["random"] if row == rows[0] else []
             if budget is not None:
                 changes["prune.budget"] = dict(budget)
@@ -205,6 +207,8 @@ def _notes(recipe: Recipe) -> list[str]:
         notes.append(f"{', '.join(left)} of the recipe {'is' if len(left) == 1 else 'are'} left out of a matrix.")
     if recipe.recover is not None:
         notes.append("The models are as cut: a training on all domains would hide what the calibration text did.")
+    if recipe.prune.combine != "mean":
+        notes.append("prune.combine is left out, because every row is calibrated on one text alone.")
     if recipe.prune.mix or recipe.prune.buckets:
         key = "mix" if recipe.prune.mix else "buckets"
         notes.append(f"prune.{key} is left out, because every row is calibrated on one text alone.")

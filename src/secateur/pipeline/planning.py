@@ -30,7 +30,7 @@ from secateur.records.evaluation import (
 from secateur.records.plan import Plan, VocabularyPlan
 from secateur.records.scores import Scores
 from secateur.records.statistics import BucketStatistics, normalised
-from secateur.score import METHODS, Outcome, notes_on, score_units
+from secateur.score import METHODS, Outcome, notes_on, score_units, union_note
 from secateur.shrink import check_plan
 from secateur.shrink.stand_in_weights import StandInWeights
 from secateur.store.artifacts import (
@@ -93,11 +93,14 @@ class Planning(Cutting):
     def _method_notes(self, scores: Scores, plan: Plan) -> list[str]:
         """Return what the method says of a plan that was made with its scores."""
         fingerprints = {name: bucket.corpus_fingerprint for name, bucket in self.result.statistics.items()}
-        options = self.recipe.prune.options
-        return notes_on(scores.method, Outcome(options, scores.values, plan, fingerprints)) if plan.layers else []
+        if not plan.layers:
+            return []
+        told = notes_on(scores.method, Outcome(self.recipe.prune.options, scores.values, plan, fingerprints))
+        return [*told, *([union_note(self.pruning_buckets)] if self.recipe.prune.combine == "union" else [])]
 
     def _plan_key(self, merged: BucketStatistics | None) -> str:
         inputs = [] if merged is None else [statistics_digest(merged), *self.gradients.keys(), *self.impacts.keys()]
+        inputs += self.masks.keys()
         inputs += [statistics_digest(self.result.statistics[name]) for name in self.reference_buckets]
         if self.vocabulary is not None:
             inputs += [self.vocabulary.vocabulary.fingerprint, self.vocabulary.merged.fingerprint]
@@ -135,7 +138,7 @@ class Planning(Cutting):
         prune, geometry = self.recipe.prune, self.checkpoint.geometry
         meters = self._meters("kl")
         grams = self.grams.load("calibration") if prune.reconstruct != "none" else None
-        of_a_cut = {"method", "options", "normalize", "reconstruct", "buckets", "mix", "seed"}
+        of_a_cut = {"method", "options", "normalize", "reconstruct", "buckets", "mix", "combine", "seed"}
         cuts = prune.model_dump(include=of_a_cut)
         return Search(
             meters=meters.by_bucket,
@@ -185,7 +188,9 @@ class Planning(Cutting):
             depth_options=depth_options,
             removal_losses=self._removal_losses(depth_method, request or self.request),
             impacts=self.impacts.load(),
+            masks=self.masks.load(),
             by_bucket={name: self._records_of(name) for name in self.reference_buckets},
+            combine=self.recipe.prune.combine,
         )
 
     def _removal_losses(self, depth_method: str, request: Request) -> Mapping[str, Sequence[float]] | None:

@@ -135,7 +135,7 @@ class RecoveryStage:
     def _text_key(self) -> str:
         used = {"max_tokens", "replay", "select", "responses", "seed", "evaluation_tokens"}
         spec = self.spec.model_dump(include=used)
-        return digest(self.key, spec)
+        return digest(self.key, spec, list(self.domains))
 
     def check(self) -> None:
         """Refuse prompts that cannot be made, and a chat that the tokenizer has no template for, reading no text."""

@@ -21,6 +21,7 @@ STAGES = (
     "gram:",
     "gradients:",
     "impacts:",
+    "masks:",
     "count:",
     "search:",
     "answer:",

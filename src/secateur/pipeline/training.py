@@ -49,7 +49,7 @@ class Training(Planning, ABC):
             return None
         return RecoveryStage(
             self.recipe.recover,
-            list(self.recipe.domain),
+            self.recipe.trained_domains(),
             "general" if self.recipe.general else None,
             self.texts,
             self.checkpoint.geometry.family,

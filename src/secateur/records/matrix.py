@@ -177,9 +177,9 @@ class DomainMatrix:
         data = asdict(self)
         for size in data["sizes"]:
             for row in size["rows"]:
-                row["to_dense"] = {name: _plain(one) for name, one in row["to_dense"].items()}
+                row["to_dense"] = {name: plain_difference(one) for name, one in row["to_dense"].items()}
             for difference in size["differences"]:
-                difference["nll"] = _plain(difference["nll"])
+                difference["nll"] = plain_difference(difference["nll"])
         return data
 
     @classmethod
@@ -198,13 +198,15 @@ class DomainMatrix:
         return cls(**{**data, **tuples, "texts": texts, "sizes": sizes})
 
 
-def _plain(difference: Mapping[str, float]) -> dict[str, float | None]:
+def plain_difference(difference: Mapping[str, float]) -> dict[str, float | None]:
+    """Return a difference's plain data for JSON, its 95 % interval written out; an error that is not known is null."""
     ends = interval(PairedDifference(**difference))
     low, high = ends if ends else (None, None)
     return {"mean": difference["mean"], "stderr": difference["stderr"] if ends else None, "low": low, "high": high}
 
 
-def _difference(data: Mapping[str, float | None]) -> PairedDifference:
+def difference_from_plain(data: Mapping[str, float | None]) -> PairedDifference:
+    """Return the difference that ``plain_difference`` wrote; TypeError where there is no mean."""
     mean, stderr = data["mean"], data["stderr"]
     if mean is None:
         raise TypeError("a difference has no mean")
@@ -213,10 +215,10 @@ def _difference(data: Mapping[str, float | None]) -> PairedDifference:
 
 def _size(data: Mapping[str, Any]) -> SizeMatrix:
     rows = [
-        MatrixRow(**{**row, "to_dense": {name: _difference(one) for name, one in row["to_dense"].items()}})
+        MatrixRow(**{**row, "to_dense": {name: difference_from_plain(one) for name, one in row["to_dense"].items()}})
         for row in data["rows"]
     ]
-    differences = [OwnDifference(**{**one, "nll": _difference(one["nll"])}) for one in data["differences"]]
+    differences = [OwnDifference(**{**one, "nll": difference_from_plain(one["nll"])}) for one in data["differences"]]
     return SizeMatrix(data["budget"], tuple(rows), tuple(differences))
 
 

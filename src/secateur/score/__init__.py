@@ -11,6 +11,7 @@ from secateur.score import (  # noqa: F401 - importing a method's file registers
     fluctuation,
     gaprune,
     kfac,
+    learned_mask,
     leverage,
     magnitude,
     minitron,
@@ -23,7 +24,19 @@ from secateur.score import (  # noqa: F401 - importing a method's file registers
     tyr,
     wanda,
 )
+from secateur.score.combine import require_union, union_note
 from secateur.score.method import METHODS, Evidence, Method, Outcome
 from secateur.score.run import TextRecords, notes_on, rehearse, score_units
 
-__all__ = ["METHODS", "Evidence", "Method", "Outcome", "TextRecords", "notes_on", "rehearse", "score_units"]
+__all__ = [
+    "METHODS",
+    "Evidence",
+    "Method",
+    "Outcome",
+    "TextRecords",
+    "notes_on",
+    "rehearse",
+    "require_union",
+    "score_units",
+    "union_note",
+]

@@ -14,6 +14,7 @@ from torch import Tensor
 from secateur.errors import ConfigError
 from secateur.records.gradients import UnitGradients
 from secateur.records.impacts import UnitImpacts
+from secateur.records.masks import MaskSettings
 from secateur.records.plan import Plan
 from secateur.records.statistics import Moments, SequenceSums
 from secateur.records.units import BLOCK_KINDS, LAYER_UNIT_KINDS
@@ -23,6 +24,13 @@ from secateur.registry import Registry, unknown_name
 def _no_impacts() -> UnitImpacts:
     raise ConfigError(
         "these statistics do not say what single documents need; take that with the calibration (impacts=True), or use "
+        "another method."
+    )
+
+
+def _no_masks() -> Tensor:
+    raise ConfigError(
+        "these statistics hold no trained masks. Use a recipe (secateur run, or secateur.run), which trains them, or "
         "another method."
     )
 
@@ -55,6 +63,8 @@ class Evidence:
             removal_loss.
         removal_loss: for whole layers and sub-layers, where the method's ``measure`` asks for it: what is measured once
             the block is gone, together with those that went before it.
+        load_masks: returns the probability that each unit's trained gate is open; raises ConfigError where no masks
+            were trained.
     """
 
     kind: str
@@ -72,6 +82,7 @@ class Evidence:
     cosine: float | None = None
     removal_loss: float | None = None
     load_impacts: Callable[[], UnitImpacts] = _no_impacts
+    load_masks: Callable[[], Float64[Tensor, " units"]] = _no_masks
     of_bucket: Callable[[str], Evidence] = _no_bucket
     buckets: tuple[str, ...] = ()
 
@@ -121,8 +132,8 @@ class Method:
         function: the scoring function; its keyword-only parameters are the method's options.
         measures: what it measures, one sentence.
         formula: the formula, in plain text.
-        needs: what it reads: "statistics", "Gram matrices", "weights", "gradients", "impacts", "measured removals",
-            joined by "and"; or "nothing".
+        needs: what it reads: "statistics", "Gram matrices", "weights", "gradients", "impacts", "masks", "measured
+            removals", joined by "and"; or "nothing".
         cost: what it costs beyond the calibration pass.
         caveat: when it is a bad idea.
         source: author, year, arXiv id.
@@ -138,6 +149,7 @@ class Method:
         contrast: whether it says how much more one text needs a unit than another, so that it reads the same of both,
             and a unit that neither needs is not the lowest.
         notes: what to say of a plan that was made with it.
+        mask: whether it reads trained masks; its options are then those of ``MaskSettings``.
     """
 
     name: str
@@ -158,6 +170,7 @@ class Method:
     impact: bool = False
     contrast: bool = False
     notes: NotesFunction | None = None
+    mask: bool = False
 
     def require_kinds(self, kinds: Iterable[str]) -> None:
         """Raise ConfigError for the first unit kind that the method cannot score; methods that can are listed."""
@@ -216,6 +229,17 @@ class Method:
     def reads_impacts(self, options: Mapping[str, Any]) -> bool:
         """Return whether the method reads impacts with these options, itself or through a method they name."""
         return any(method.impact for method in self._involved(options))
+
+    def mask_settings(self, options: Mapping[str, Any]) -> MaskSettings | None:
+        """Return how the masks that the method reads are trained: by its options, or by the defaults of one they name.
+
+        None where no masks are read.
+        """
+        own, *others = self._involved(options)
+        for method, given in ((own, options), *((other, {}) for other in others)):
+            if method.mask:
+                return MaskSettings(**method._values(given))
+        return None
 
     def named_buckets(self, options: Mapping[str, Any]) -> list[str]:
         """Return the buckets that the method looks at one by one, by its options or those of a method they name."""
@@ -288,6 +312,7 @@ def register(
     impact: bool = False,
     contrast: bool = False,
     notes: NotesFunction | None = None,
+    mask: bool = False,
 ) -> Callable[[ScoreFunction], ScoreFunction]:
     """Return a decorator that registers a scoring function under ``name``; fields as in ``Method``."""
 
@@ -307,6 +332,7 @@ def register(
             impact,
             contrast,
             notes,
+            mask,
         )
         METHODS.add(name, method)
         return function

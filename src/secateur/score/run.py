@@ -5,9 +5,10 @@ from __future__ import annotations
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from functools import partial
-from typing import Any
+from typing import Any, Literal
 
 import torch
+from jaxtyping import Float64
 from torch import Tensor
 
 from secateur.errors import CheckpointError, ConfigError
@@ -15,10 +16,15 @@ from secateur.families.geometry import Geometry, Segment, UnitAxis
 from secateur.records.gradients import GradientStatistics, UnitGradients
 from secateur.records.gram import Grams
 from secateur.records.impacts import ImpactStatistics, UnitImpacts, judged_alike
+from secateur.records.masks import MaskStatistics
 from secateur.records.scores import Scores
 from secateur.records.statistics import BucketStatistics, Moments, SequenceSums
 from secateur.records.units import BLOCK_KINDS, LAYER
+from secateur.score.combine import most_needed, require_union
 from secateur.score.method import METHODS, Evidence, Method, Outcome
+
+Combine = Literal["mean", "union"]
+"""How several texts that decide are one."""
 
 LoadTensor = Callable[[str], Tensor | None]
 """Returns a parameter by name, or None where the model has no such parameter (an absent bias)."""
@@ -34,6 +40,7 @@ class TextRecords:
         grams: Gram matrices, where the calibration took them; read one site at a time.
         gradients: where a gradient pass was made.
         impacts: what its documents say of the units, where that was collected.
+        masks: where some were trained.
     """
 
     statistics: BucketStatistics
@@ -41,6 +48,7 @@ class TextRecords:
     grams: Grams | None = None
     gradients: GradientStatistics | None = None
     impacts: ImpactStatistics | None = None
+    masks: MaskStatistics | None = None
 
 
 def unit_weights(axis: UnitAxis, load: LoadTensor, weight_layout: str) -> list[Tensor]:
@@ -79,6 +87,8 @@ def score_units(
     removal_losses: Mapping[str, Sequence[float]] | None = None,
     impacts: ImpactStatistics | None = None,
     by_bucket: Mapping[str, TextRecords] | None = None,
+    masks: MaskStatistics | None = None,
+    combine: Combine = "mean",
 ) -> Scores:
     """Return the importance of every unit of the given kinds.
 
@@ -100,10 +110,13 @@ def score_units(
             ``measure``; anything where there is no such block.
         impacts: what the same text's documents say of the units, where that was collected.
         by_bucket: what is known of each bucket alone that the method's options name.
+        masks: trained on the same text.
+        combine: ``mean``: units are scored on all text together. ``union``: on each of ``buckets`` alone, which must
+            be in ``by_bucket``; the score is the largest rank in the layer. Controls and blocks are as with ``mean``.
 
     Raises:
-        ConfigError: unknown method or option, one that cannot score a kind, or Gram matrices, gradients or measurements
-            that the method needs are missing, or the matrices singular.
+        ConfigError: unknown method or option, one that cannot score a kind, or Gram matrices, gradients, masks or
+            measurements that the method needs are missing, or the matrices singular.
         FamilyError: this family cannot cut a kind that was asked for.
         CheckpointError: Gram matrices or scores are not finite; layer named.
     """
@@ -119,7 +132,9 @@ def score_units(
     chosen.check_options(options)
     chosen.require_kinds(axis_kinds)
     geometry.require_cuttable(axis_kinds)
-    texts = TextRecords(statistics, tuple(buckets), grams, gradients, impacts)
+    if combine == "union" and axis_kinds and not chosen.control:
+        require_union(method, options, buckets)
+    texts = TextRecords(statistics, tuple(buckets), grams, gradients, impacts, masks)
     values: dict[str, list[Tensor]] = {}
     for kind in blocks:
         measured = _measured(METHODS[depth_method], kind, geometry, removal_losses)
@@ -132,7 +147,7 @@ def score_units(
                 continue
             evidence = _evidence(chosen, axis, texts, by_bucket or {}, geometry, load_tensor, seed)
             try:
-                score = chosen.function(evidence, **options)
+                score = _score_axis(chosen, evidence, options, buckets if combine == "union" else ())
             except torch.linalg.LinAlgError:  # type: ignore[attr-defined]
                 raise ConfigError(
                     f"method {method} with options {options} cannot invert the Gram matrix of the {kind}s of layer "
@@ -155,6 +170,18 @@ def score_units(
         depth_options,
         cumulative=bool(blocks) and bool(METHODS[depth_method].measure),
     )
+
+
+def _score_axis(
+    method: Method, evidence: Evidence, options: Mapping[str, Any], one_by_one: Sequence[str]
+) -> Float64[Tensor, " _units"]:
+    """Return the scores of one kind of unit in one layer; on each of some texts alone, the most that one needs."""
+    if not one_by_one or method.control:
+        score: Tensor = method.function(evidence, **options)
+        return score
+    alone = [method.function(evidence.of_bucket(name), **options) for name in one_by_one]
+    finite = all(bool(torch.isfinite(score).all()) for score in alone)
+    return most_needed(alone) if finite else torch.stack(alone).sum(0)
 
 
 def _measured(
@@ -227,6 +254,7 @@ def _made_up(kind: str, buckets: tuple[str, ...], *, width: int, linear: int) ->
         load_gradients=lambda: gradients,
         seed=0,
         load_impacts=lambda: judged_alike(units),
+        load_masks=lambda: ones,
         buckets=buckets,
     )
     return replace(evidence, of_bucket=lambda name: replace(evidence, buckets=(name,)))
@@ -322,7 +350,7 @@ def _mean_gram(method: Method, axis: UnitAxis, grams: Grams | None) -> Tensor:
 def _plain_methods(kind: str) -> str:
     """Return the names of the methods for a unit kind that read the calibration sums and weights of one text alone."""
     able = {name: method for name, method in METHODS.items() if kind in method.kinds and not method.control}
-    return ", ".join(name for name, m in able.items() if not (m.gram or m.gradient or m.impact or m.contrast))
+    return ", ".join(name for name, m in able.items() if not (m.gram or m.gradient or m.impact or m.contrast or m.mask))
 
 
 def _unit_gradients(method: Method, axis: UnitAxis, gradients: GradientStatistics | None) -> UnitGradients:
@@ -341,6 +369,15 @@ def _unit_impacts(method: Method, axis: UnitAxis, impacts: ImpactStatistics | No
             f"with the calibration (impacts=True), or use a method that does without: {_plain_methods(axis.kind)}."
         )
     return impacts.units[axis.layer, axis.kind]
+
+
+def _unit_masks(method: Method, axis: UnitAxis, masks: MaskStatistics | None) -> Tensor:
+    if masks is None:
+        raise ConfigError(
+            f"method {method.name} needs trained masks, and these statistics hold none; use a recipe (secateur run, or "
+            f"secateur.run), which trains them, or a method that does without: {_plain_methods(axis.kind)}."
+        )
+    return masks.units[axis.layer, axis.kind].double()
 
 
 def _evidence(
@@ -379,6 +416,7 @@ def _evidence(
         load_gradients=partial(_unit_gradients, method, axis, text.gradients),
         seed=seed,
         load_impacts=partial(_unit_impacts, method, axis, text.impacts),
+        load_masks=partial(_unit_masks, method, axis, text.masks),
         of_bucket=of_bucket,
         buckets=text.buckets,
     )

@@ -16,6 +16,7 @@ from secateur.errors import CheckpointError, ConfigError, FamilyError
 from secateur.families.geometry import Geometry
 from secateur.families.loader import families
 from secateur.records.gram import GramsInMemory
+from secateur.records.masks import MaskStatistics
 from secateur.records.statistics import BucketStatistics
 from secateur.records.units import ATTENTION, BLOCK_KINDS, LAYER_UNIT_KINDS, QUERY_HEAD, SITE_OF
 from secateur.score import METHODS, Evidence, Method, TextRecords, rehearse, score_units
@@ -284,7 +285,10 @@ def test_gram_matrices_are_read_only_by_methods_that_need_them() -> None:
     gradients = collect_gradients(model, hand_made_blocks(), geometry, ["ffn_channel"], sketch=True)
     impacts = collect_impacts(model, hand_made_blocks(), geometry, ["ffn_channel"])
     text = TextRecords(statistics, ("general",), Closed(), gradients, impacts)
-    have: dict[str, Any] = {"grams": Closed(), "gradients": gradients, "impacts": impacts}
+    trained = MaskStatistics(
+        50, 0.0, {axis.site: torch.ones(axis.num_units, dtype=torch.float64) for axis in geometry.axes["ffn_channel"]}
+    )
+    have: dict[str, Any] = {"grams": Closed(), "gradients": gradients, "impacts": impacts, "masks": trained}
     for method in set(WIDTH_METHODS) - set(GRAM_METHODS):
         score_units(
             method, statistics, geometry, ["ffn_channel"], load_tensor=load, by_bucket={"general": text}, **have

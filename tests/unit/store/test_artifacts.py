@@ -17,6 +17,7 @@ from torch import Tensor
 
 from secateur.errors import CheckpointError, ExportError
 from secateur.records.gradients import SUMS, GradientStatistics, UnitGradients
+from secateur.records.masks import MaskStatistics, MaskStep
 from secateur.records.scores import Scores
 from secateur.records.statistics import BucketStatistics, Moments, SequenceSums
 from secateur.store.artifacts import (
@@ -26,11 +27,13 @@ from secateur.store.artifacts import (
     disk_errors,
     read_gradients,
     read_json,
+    read_masks,
     read_scores,
     read_statistics,
     statistics_digest,
     write_gradients,
     write_json,
+    write_masks,
     write_scores,
     write_statistics,
     write_text,
@@ -87,7 +90,7 @@ def same(first: object, second: object) -> bool:
         return list(first) == list(second) and all(same(first[key], second[key]) for key in first)
     if isinstance(first, list) and isinstance(second, list):
         return len(first) == len(second) and all(map(same, first, second))
-    records = BucketStatistics | Moments | SequenceSums | GradientStatistics | UnitGradients | Scores
+    records = BucketStatistics | Moments | SequenceSums | GradientStatistics | UnitGradients | Scores | MaskStatistics
     if isinstance(first, records):
         assert isinstance(second, type(first))
         return all(same(getattr(first, item.name), getattr(second, item.name)) for item in fields(first))
@@ -112,6 +115,25 @@ def test_gradients_survive_the_disk(tmp_path: Path) -> None:
     """Every sum comes back bit for bit."""
     write_gradients(tmp_path / "a" / "medical.gradients.safetensors", make_gradients(), {"bucket": "medical"})
     assert same(make_gradients(), read_gradients(tmp_path / "a" / "medical.gradients.safetensors"))
+
+
+def make_masks() -> MaskStatistics:
+    """Return masks of two sites after two steps."""
+    units = {(0, "ffn_channel"): draw(5, 1), (11, "gqa_group"): draw(3, 2)}
+    return MaskStatistics(96, 0.24, units, (MaskStep(3.5, 0.01, 0.1), MaskStep(3.25, 0.2, 0.25)))
+
+
+def test_masks_survive_the_disk(tmp_path: Path) -> None:
+    """Every probability and every step comes back as it was; what is missing or of another version is said."""
+    file = tmp_path / "medical.masks.safetensors"
+    write_masks(file, make_masks(), {"bucket": "medical"})
+    assert same(make_masks(), read_masks(file))
+    edit_json(file.with_suffix(".json"), lambda data: data.pop("steps"))
+    with pytest.raises(CheckpointError, match=r"masks\.safetensors lacks 'steps'. Delete it"):
+        read_masks(file)
+    edit_json(file.with_suffix(".json"), lambda data: data.update(schema_version=0))
+    with pytest.raises(CheckpointError, match=r"has another version of the masks. Delete it"):
+        read_masks(file)
 
 
 def test_scores_survive_the_disk(tmp_path: Path) -> None:

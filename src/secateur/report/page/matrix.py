@@ -49,25 +49,27 @@ def matrix_document(matrix: DomainMatrix) -> Document:
     asked = f" --budgets {budgets}" if len(matrix.sizes) > 1 else ""
     return Document(
         kind="Domain matrix",
-        title=f"{_short(matrix.model)}, ",
+        title=f"{short_model(matrix.model)}, ",
         subject=f"calibrated on {', '.join(matrix.domains)}",
         verdict=matrix_verdict(matrix),
         sections=sections,
         tiles=_tiles(matrix),
         cautions=matrix_notes(matrix),
-        made=[_facts(matrix)],
+        made=[facts_table(matrix)],
         recipe_yaml=matrix.recipe_yaml,
         commands=[f"secateur matrix recipe.yml{asked} --output again", "secateur report MATRIX_FOLDER"],
         version=matrix.versions.get("secateur", ""),
     )
 
 
-def _short(model: str) -> str:
+def short_model(model: str) -> str:
+    """Return a model's name without the folders of the machine it lay on."""
     name = model.replace("\\", "/").rstrip("/")
     return name.rpartition("/")[2] if name.startswith(("/", ".", "~")) or name[1:3] == ":/" else name
 
 
-def _facts(matrix: DomainMatrix) -> Table:
+def facts_table(matrix: DomainMatrix) -> Table:
+    """Return what a matrix was made from."""
     facts = [
         ["dense model", matrix.model],
         ["its fingerprint", matrix.model_fingerprint],

@@ -16,18 +16,21 @@ from secateur.report.matrix import matrix_notes, matrix_verdict
 from secateur.report.page import Document, is_available, render_page
 from secateur.report.page.chart import Chart
 from secateur.report.page.compare import comparison_document, difference_chart
+from secateur.report.page.experts import experts_document
 from secateur.report.page.matrix import matrix_chart, matrix_document, own_chart
 from secateur.report.page.records import TIMES
 from secateur.report.page.render import chart_for_file
 from tests.browser import CHROMIUM, Page, browser
 
 from ..compared import compared_run, full_comparison
+from ..families import full_family
 from ..matrices import full_matrix
 from .runs import ATTACK
 
 DOCUMENTS: dict[str, Document] = {
     "comparison": comparison_document(full_comparison((ATTACK, "a" * 90, "<img src=x onerror=alert(2)>"), ATTACK)),
     "matrix": matrix_document(full_matrix((ATTACK, "a" * 60), model=ATTACK)),
+    "experts": experts_document(full_family((ATTACK, "a" * 60), model=ATTACK)),
 }
 """Pages in which every name tries to become a script, or is too long."""
 
