@@ -10,8 +10,8 @@ from typing import Any
 import pytest
 
 import secateur
+from secateur import pipeline
 from secateur.errors import ConfigError, CorpusError, PlanError
-from secateur.pipeline import job as pipeline
 from secateur.pipeline.trials import Trial, TrialResult, run_trials
 from secateur.recipe import parse_recipe, with_overrides
 from secateur.records.evaluation import Evaluation
@@ -61,7 +61,7 @@ def results(pico: Pico, tmp_path_factory: pytest.TempPathFactory) -> list[TrialR
 def no_pages() -> Iterator[None]:
     """Points have pages of their own, which are slow to build and tested elsewhere."""
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(pipeline, "try_page", lambda folder: (None, ""))
+        patch.setattr("secateur.pipeline.measuring.try_page", lambda folder: (None, ""))
         patch.setattr("secateur.pipeline.sweep.try_sweep_page", lambda folder: (None, ""))
         yield
 
