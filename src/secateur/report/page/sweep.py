@@ -65,7 +65,9 @@ def _commands(sweep: Sweep) -> list[str]:
 
 
 def _tiles(sweep: Sweep) -> list[Tile]:
-    found = [Tile("points", f"{len(sweep.done)} of {len(sweep.points)}", "were measured; the others failed or wait")]
+    are_all = len(sweep.done) == len(sweep.points)
+    told = "were measured" if are_all else "were measured; the others failed or wait"
+    found = [Tile("points", f"{len(sweep.done)} of {len(sweep.points)}", told)]
     smallest, best = smallest_within(sweep), best_point(sweep)
     if smallest is not None and smallest.parameters is not None and smallest.pruning_ratio is not None:
         detail = f"{format_count(smallest.parameters)} parameters, {smallest.name}"
