@@ -21,7 +21,10 @@ $(INSTALLED): pyproject.toml constraints.txt
 
 setup: $(INSTALLED)
 
+# The demo's GGUF file is run in llama.cpp where its package can be had.
 demo: $(INSTALLED)
+	@$(BIN)/python -m pip install --quiet --disable-pip-version-check -c constraints.txt -e ".[llama-cpp]" \
+	  || echo "no llama.cpp package for this machine: the GGUF file will be written and not be run"
 	$(BIN)/secateur demo
 
 check: $(INSTALLED)
