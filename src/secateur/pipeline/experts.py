@@ -12,8 +12,9 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from secateur.errors import CheckpointError, ConfigError, SecateurError, VerificationError
+from secateur.errors import ConfigError, SecateurError, VerificationError
 from secateur.pipeline.job import run
+from secateur.pipeline.page import PAGE, read_record, try_document
 from secateur.pipeline.recovery import RANDOM_RECOVERED, RECOVERED
 from secateur.pipeline.result import versions
 from secateur.pipeline.shared import SharedStages
@@ -30,7 +31,7 @@ from secateur.report.page.experts import experts_document
 from secateur.report.page.render import render_page
 from secateur.store.artifacts import read_json, write_json, write_text
 
-EXPERTS, PAGE = "experts.json", "report.html"
+EXPERTS = "experts.json"
 
 
 @dataclass(frozen=True, slots=True)
@@ -86,7 +87,7 @@ def run_experts(
     folder = Path(recipe.output).expanduser()
     write_json(folder / EXPERTS, family.to_dict())
     write_text(folder / "recipe.yml", family.matrix.recipe_yaml)
-    page, reason = _try_page(folder, family)
+    page, reason = try_document(folder, lambda: experts_document(family))
     reused = [one.trial.name for one in results if one.reused]
     return ExpertsResult(folder, family, page, reason, reused, unverified)
 
@@ -99,14 +100,7 @@ def read_family(folder: Path) -> ExpertFamily:
     """
     file = folder / EXPERTS
     again = f"Make it again: secateur experts {folder / 'recipe.yml'} --output {folder}"
-    if not file.is_file():
-        raise CheckpointError(f"{file} is missing. {again}")
-    try:
-        return ExpertFamily.from_dict(read_json(file))
-    except CheckpointError as error:
-        raise CheckpointError(f"{error} {again}") from None
-    except (KeyError, TypeError, ValueError, AttributeError) as error:
-        raise CheckpointError(f"{file} is broken or of another version ({error}). Delete it. {again}") from None
+    return read_record(file, ExpertFamily.from_dict, again)
 
 
 def document_of(folder: Path) -> Document:
@@ -118,16 +112,6 @@ def write_experts_page(folder: Path) -> Path:
     """Write ``report.html`` of a family's folder from what lies in it, and return its path."""
     write_text(folder / PAGE, render_page(document_of(folder)))
     return folder / PAGE
-
-
-def _try_page(folder: Path, family: ExpertFamily) -> tuple[Path | None, str]:
-    """Write the page: return its path, or None and why there is none; an older one does not stay."""
-    try:
-        write_text(folder / PAGE, render_page(experts_document(family)))
-        return folder / PAGE, ""
-    except SecateurError as error:
-        (folder / PAGE).unlink(missing_ok=True)
-        return None, str(error)
 
 
 def _require_family(recipe: Recipe) -> None:

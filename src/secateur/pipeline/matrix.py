@@ -11,7 +11,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from secateur.errors import CheckpointError, ConfigError, SecateurError
+from secateur.errors import ConfigError
+from secateur.pipeline.page import PAGE, read_record, try_document
 from secateur.pipeline.result import versions
 from secateur.pipeline.trials import Trial, TrialResult, run_trials
 from secateur.progress import Progress, silent
@@ -21,9 +22,9 @@ from secateur.records.matrix import CONTROL, GENERAL, DomainMatrix, RowKind, Siz
 from secateur.report.page.document import Document
 from secateur.report.page.matrix import matrix_document
 from secateur.report.page.render import render_page
-from secateur.store.artifacts import read_json, write_json, write_text
+from secateur.store.artifacts import write_json, write_text
 
-MATRIX, PAGE = "matrix.json", "report.html"
+MATRIX = "matrix.json"
 
 _SHARES = frozenset({"channels", "groups", "heads", "layers", "attention", "ffn", "parameters"})
 """Budget keys that are removed shares, and that several sizes can be asked of."""
@@ -99,7 +100,7 @@ def run_matrix(
     folder = Path(recipe.output).expanduser()
     write_json(folder / MATRIX, matrix.to_dict())
     write_text(folder / "recipe.yml", matrix.recipe_yaml)
-    page, reason = _try_page(folder, matrix)
+    page, reason = try_document(folder, lambda: matrix_document(matrix))
     return MatrixResult(folder, matrix, page, reason, [one.trial.name for one in results if one.reused])
 
 
@@ -111,14 +112,7 @@ def read_matrix(folder: Path) -> DomainMatrix:
     """
     file = folder / MATRIX
     again = f"Make it again: secateur matrix {folder / 'recipe.yml'} --output {folder}"
-    if not file.is_file():
-        raise CheckpointError(f"{file} is missing. {again}")
-    try:
-        return DomainMatrix.from_dict(read_json(file))
-    except CheckpointError as error:
-        raise CheckpointError(f"{error} {again}") from None
-    except (KeyError, TypeError, ValueError, AttributeError) as error:
-        raise CheckpointError(f"{file} is broken or of another version ({error}). Delete it. {again}") from None
+    return read_record(file, DomainMatrix.from_dict, again)
 
 
 def document_of(folder: Path) -> Document:
@@ -130,16 +124,6 @@ def write_matrix_page(folder: Path) -> Path:
     """Write ``report.html`` of a matrix's folder from what lies in it, and return its path."""
     write_text(folder / PAGE, render_page(document_of(folder)))
     return folder / PAGE
-
-
-def _try_page(folder: Path, matrix: DomainMatrix) -> tuple[Path | None, str]:
-    """Write the page: return its path, or None and why there is none; an older one does not stay."""
-    try:
-        write_text(folder / PAGE, render_page(matrix_document(matrix)))
-        return folder / PAGE, ""
-    except SecateurError as error:
-        (folder / PAGE).unlink(missing_ok=True)
-        return None, str(error)
 
 
 def _require_rows(recipe: Recipe) -> None:

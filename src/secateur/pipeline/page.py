@@ -19,7 +19,7 @@ from secateur.records.recovery import Recovery
 from secateur.records.speed import SpeedComparison
 from secateur.records.tasks import TaskResults
 from secateur.records.units import LAYER_UNIT_KINDS
-from secateur.report.page import RunRecords, render_page, run_document
+from secateur.report.page import Document, RunRecords, render_page, run_document
 from secateur.report.page.frequency import FrequencyCurve, frequency_curve
 from secateur.report.page.importance import ImportanceBin, bin_importance
 from secateur.store.artifacts import read_json, read_scores, read_statistics, read_token_counts, write_text
@@ -41,16 +41,22 @@ def write_page(folder: Path) -> Path:
     return target
 
 
-def try_page(folder: Path) -> tuple[Path | None, str]:
-    """Write the page at the end of a run: return its path, or None and why there is none.
+def try_document(folder: Path, document: Callable[[], Document]) -> tuple[Path | None, str]:
+    """Write a page at the end of long work: return its path, or None and why there is none.
 
-    A run whose results are all there does not fail for its page. A page of an earlier run does not stay in its place.
+    Work whose results are all there does not fail for its page. A page of earlier work does not stay in its place.
     """
     try:
-        return write_page(folder), ""
+        write_text(folder / PAGE, render_page(document()))
+        return folder / PAGE, ""
     except Exception as error:
         (folder / PAGE).unlink(missing_ok=True)
         return None, str(error) if isinstance(error, SecateurError) else f"{type(error).__name__}: {error}"
+
+
+def try_page(folder: Path) -> tuple[Path | None, str]:
+    """Write the page at the end of a run: return its path, or None and why there is none."""
+    return try_document(folder, lambda: run_document(read_run(folder)))
 
 
 def read_run(folder: Path) -> RunRecords:
@@ -66,9 +72,9 @@ def read_run(folder: Path) -> RunRecords:
         )
     recipe = load_recipe(folder / "recipe.yml")
     again = f"Make it again: secateur run {folder / 'recipe.yml'} --output {folder}"
-    manifest = _read(folder / "manifest.json", lambda data: data, again)
-    plan = _read(folder / "plan.json", Plan.from_dict, again)
-    evaluation = _read(folder / "evaluation.json", Evaluation.from_dict, again)
+    manifest = read_record(folder / "manifest.json", lambda data: data, again)
+    plan = read_record(folder / "plan.json", Plan.from_dict, again)
+    evaluation = read_record(folder / "evaluation.json", Evaluation.from_dict, again)
     for name in ("dense", "pruned"):
         if name not in evaluation.models:
             raise CheckpointError(f"{folder / 'evaluation.json'} has no row {name}: the run is not finished. {again}")
@@ -95,7 +101,7 @@ def read_run(folder: Path) -> RunRecords:
     )
 
 
-def _read(file: Path, parse: Callable[[dict[str, Any]], T], again: str) -> T:
+def read_record(file: Path, parse: Callable[[dict[str, Any]], T], again: str) -> T:
     """Return the record in a JSON file; every error names the file and how to make it again."""
     if not file.is_file():
         raise CheckpointError(f"{file} is missing. {again}")
@@ -121,7 +127,7 @@ def _tensors(read: Callable[[Path], T], file: Path, again: str) -> T | None:
 def _speeds(folder: Path, recipe: Recipe, again: str) -> dict[str, float]:
     files = {name: folder / "statistics" / f"{name}.json" for name in recipe.buckets()}
     return {
-        name: _read(file, lambda data: float(data["tokens_per_s"]), again)
+        name: read_record(file, lambda data: float(data["tokens_per_s"]), again)
         for name, file in files.items()
         if file.is_file()
     }
@@ -132,18 +138,18 @@ def _speed(folder: Path, recipe: Recipe, again: str) -> SpeedComparison | None:
     file = folder / "speed.json"
     if recipe.evaluate.speed is None or not file.is_file():
         return None
-    return _read(file, SpeedComparison.from_dict, again)
+    return read_record(file, SpeedComparison.from_dict, again)
 
 
 def _asked(file: Path, spec: object, parse: Callable[[dict[str, Any]], T], again: str) -> T | None:
     """Return the record in a file; None where the recipe does not ask for it, or it is not there."""
-    return _read(file, parse, again) if spec is not None and file.is_file() else None
+    return read_record(file, parse, again) if spec is not None and file.is_file() else None
 
 
 def _recoveries(folder: Path, evaluation: Evaluation, again: str) -> dict[str, Recovery]:
     files = {name: folder / "recovery" / f"{name}.json" for name in evaluation.models}
     trained = {name for name in files if name in ("recovered", "dense_finetuned", "random_recovered")}
-    return {name: _read(file, Recovery.from_dict, again) for name, file in files.items() if name in trained}
+    return {name: read_record(file, Recovery.from_dict, again) for name, file in files.items() if name in trained}
 
 
 def _exports(folder: Path, manifest: Mapping[str, Any]) -> list[Exported]:

@@ -15,9 +15,10 @@ from pathlib import Path
 
 import yaml
 
-from secateur.errors import CheckpointError, ConfigError, SecateurError
+from secateur.errors import CheckpointError, ConfigError
 from secateur.files import replacing_path
 from secateur.pipeline.evaluation import VOCABULARY
+from secateur.pipeline.page import PAGE, try_document
 from secateur.pipeline.recovery import RANDOM_RECOVERED, RECOVERED
 from secateur.pipeline.result import versions
 from secateur.pipeline.trials import Job, Trial, TrialResult, drop_models, prepare, run_jobs, skipped
@@ -43,7 +44,7 @@ from secateur.report.page.sweep import sweep_document
 from secateur.store.artifacts import digest, disk_errors, read_json, write_json, write_text
 from secateur.sweep_recipe import Point, SweepSpec, chosen, points_of
 
-SWEEP, PARQUET, PAGE = "sweep.json", "sweep.parquet", "report.html"
+SWEEP, PARQUET = "sweep.json", "sweep.parquet"
 
 NOT_CHOSEN = "not chosen this time"
 
@@ -438,8 +439,4 @@ def write_sweep_page(folder: Path) -> Path:
 
 def try_sweep_page(folder: Path) -> tuple[Path | None, str]:
     """Write the page at the end of a sweep: return its path, or None and why there is none."""
-    try:
-        return write_sweep_page(folder), ""
-    except Exception as error:
-        (folder / PAGE).unlink(missing_ok=True)
-        return None, str(error) if isinstance(error, SecateurError) else f"{type(error).__name__}: {error}"
+    return try_document(folder, lambda: sweep_document(read_sweep(folder)))
