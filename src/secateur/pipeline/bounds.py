@@ -87,8 +87,9 @@ def smallest_within(
     best = max(kept, key=lambda trial: trial.share)
     told = ", ".join(f"{name} {mean:+.2%} ± {error:.2%}" for name, (mean, error) in sorted(best.rises.items()))
     found = plan(best.share)
+    gone = 1 - found.total_pruned / found.total_dense
     note = (
-        f"{best.share:.2%} of all parameters go: the most of {_num_models(trials)} models tried that keeps the loss on "
+        f"{gone:.2%} of all parameters go: the most of {_num_models(trials)} models tried that keeps the loss on "
         f"validation text within its bound with 95 % confidence ({told})"
     )
     return replace(found, notes=(*found.notes, note))

@@ -7,6 +7,7 @@ FSDP or DeepSpeed of the weights.
 from __future__ import annotations
 
 import copy
+import gc
 import math
 import os
 from collections.abc import Callable, Iterator, Sequence
@@ -231,6 +232,8 @@ def _train(
             if course.stopped is None:
                 trainer.train(resume_from_checkpoint=str(checkpoints.place(step)) if step else None)
             _wait_for_everyone()
+        del trainer
+        gc.collect()  # it hangs in a cycle, and the optimizer's states with it
     best = best_step(course.points, domains)
     result = model if spare is None else spare
     load_weights(result, checkpoints.read_weights(best))

@@ -14,7 +14,7 @@ from secateur.report.tables import Table, format_bytes
 
 @dataclass(frozen=True, slots=True)
 class Inspection:
-    """Parameters by part, and by part in every layer; units per kind and layer; kinds that cannot be cut."""
+    """Parameters by part, also per layer; units per layer of kinds that are there, and those that cannot be cut."""
 
     parameters: Mapping[str, int]
     layers: Sequence[Mapping[str, int]]
@@ -38,11 +38,13 @@ def inspect_parameters(shapes: Mapping[str, tuple[int, ...]], geometry: Geometry
         for index in range(geometry.num_layers):
             if name.startswith(geometry.layer_name(index) + "."):
                 layers[index][geometry.part_of(name)] += math.prod(shape)
+    units = {kind: [axis.num_units for axis in axes] for kind, axes in geometry.axes.items()}
+    there = {kind: counts for kind, counts in units.items() if any(counts)}
     return Inspection(
         parameters=parameters_by_part(shapes, geometry),
         layers=layers,
-        units={kind: [axis.num_units for axis in axes] for kind, axes in geometry.axes.items()},
-        fixed={kind: reason for kind in geometry.axes if (reason := geometry.why_fixed(kind))},
+        units=there,
+        fixed={kind: reason for kind in there if (reason := geometry.why_fixed(kind))},
     )
 
 

@@ -181,6 +181,12 @@ def test_a_training_says_nothing_on_the_console(tmp_path: Path, capfd: pytest.Ca
     assert capfd.readouterr() == ("", "")
 
 
+def test_the_optimizer_goes_with_its_training(tmp_path: Path) -> None:
+    """What follows a training has the memory that its optimizer had."""
+    run_training(tmp_path, spec())
+    assert not [thing for thing in gc.get_objects() if isinstance(thing, torch.optim.Optimizer)]
+
+
 def test_reporters_are_told_the_losses(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """Those of training with the learning rate, and those of every evaluation, by step."""
     told: dict[str, list[int]] = {}
