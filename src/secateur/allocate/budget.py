@@ -9,7 +9,7 @@ import math
 from collections.abc import Mapping, Sequence
 
 from secateur.families.geometry import Geometry, UnitAxis, is_inside, parameters_by_part
-from secateur.records.units import LAYER, SITE_KINDS, SUBLAYER_OF
+from secateur.records.units import LAYER, SUBLAYER_OF, WHOLE_KINDS
 
 Shapes = Mapping[str, tuple[int, ...]]
 
@@ -25,6 +25,11 @@ def unit_cost(axis: UnitAxis, shapes: Shapes, weight_layout: str) -> dict[str, i
         bias = f"{segment.module}.bias"
         if segment.side == "out" and bias in shapes:
             cost[bias] = cost.get(bias, 0) + segment.width
+    for part in axis.tensors:
+        if part.name in shapes and not part.is_buffer:
+            shape = shapes[part.name]
+            others = math.prod(shape) // shape[part.dim] // (shape[0] if part.stacked else 1)
+            cost[part.name] = cost.get(part.name, 0) + part.width * others
     return cost
 
 
@@ -78,7 +83,7 @@ def parameters_after(
 def _gone_modules(geometry: Geometry, removed: Mapping[str, Sequence[int]]) -> frozenset[str]:
     modules: set[str] = set()
     for layer in range(geometry.num_layers):
-        there = [kind for kind in SITE_KINDS if geometry.axes[kind][layer].num_units]
+        there = [kind for kind in WHOLE_KINDS if kind in geometry.axes and geometry.axes[kind][layer].num_units]
         gone = [
             kind for kind in there if kind in removed and removed[kind][layer] == geometry.axes[kind][layer].num_units
         ]

@@ -56,7 +56,15 @@ def of_rounds(
     return torch.zeros_like(ordered).scatter_(1, order, value(ordered).expand_as(ordered)).flatten()
 
 
-def uniform_count(ratio: float, num_units: int, *, multiple: int, kind: str, is_allowed: Callable[[int], bool]) -> int:
+def uniform_count(
+    ratio: float,
+    num_units: int,
+    *,
+    multiple: int,
+    kind: str,
+    is_allowed: Callable[[int], bool],
+    why_impossible: Callable[[int], str | None] = lambda count: None,
+) -> int:
     """Return how many units every layer keeps when ``ratio`` of them goes.
 
     Args:
@@ -65,6 +73,7 @@ def uniform_count(ratio: float, num_units: int, *, multiple: int, kind: str, is_
         multiple: kept counts are multiples of this.
         kind: unit kind, for messages.
         is_allowed: whether the family's configuration takes a count.
+        why_impossible: why no model can have a count, or None where one can.
 
     Raises:
         PlanError: rounds to no removal, removes everything, or gives a count the configuration refuses.
@@ -75,6 +84,12 @@ def uniform_count(ratio: float, num_units: int, *, multiple: int, kind: str, is_
         problem = "leaves none" if kept < 1 else "rounds to none"
         raise PlanError(
             f"removing {ratio:.4g} of {num_units} {kind}s {problem} (kept counts are multiples of {multiple}). "
+            + _advice(feasible, num_units)
+        )
+    impossible = why_impossible(kept)
+    if impossible is not None:
+        raise PlanError(
+            f"removing {ratio:.4g} of {num_units} {kind}s leaves {kept} per layer, but {impossible}. "
             + _advice(feasible, num_units)
         )
     if not is_allowed(kept):
@@ -116,18 +131,25 @@ def standardised(scores: Sequence[Float64[Tensor, " _units"]]) -> list[Float64[T
 
 
 def global_counts(
-    scores: Sequence[Float64[Tensor, " _units"]], num_removed: int, *, min_keep_ratio: float, multiple: int, kind: str
+    scores: Sequence[Float64[Tensor, " _units"]],
+    num_removed: int,
+    *,
+    min_keep_ratio: float,
+    multiple: int,
+    kind: str,
+    fewest: int = 1,
 ) -> list[int]:
     """Return, per layer, how many units stay when the ``num_removed`` lowest of the whole model go.
 
-    No layer goes below ``min_keep_ratio`` of its units; widths are then rounded to ``multiple`` and the rounding
-    error is handed to the layers that were rounded furthest, so that the total stays within half a multiple.
+    No layer goes below ``min_keep_ratio`` of its units, nor below ``fewest`` of them; widths are then rounded to
+    ``multiple`` and the rounding error is handed to the layers that were rounded furthest, so that the total stays
+    within half a multiple.
 
     Raises:
         PlanError: the floors leave too few removable units; how far the budget can reach is said.
     """
     sizes = [len(layer) for layer in scores]
-    floors = [min(n, -(-floor_count(n, min_keep_ratio) // multiple) * multiple) for n in sizes]
+    floors = [min(n, -(-max(fewest, floor_count(n, min_keep_ratio)) // multiple) * multiple) for n in sizes]
     removable = sum(n - floor for n, floor in zip(sizes, floors, strict=True))
     if num_removed > removable:
         raise PlanError(

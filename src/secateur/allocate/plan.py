@@ -1,8 +1,9 @@
 """Turns scores and a budget into a plan: how many units of each kind stay in each layer, and which.
 
 Budgets over all parameters take the same share from every unit kind: coarse kinds first, FFN channels then make up the
-rest exactly. Whole layers come before sub-layers, sub-layers before groups; each is rounded towards keeping, and the
-next kind's share is of what is left. Attention and FFN sub-layers count as one kind.
+rest exactly (in models with experts, the kind that owns most does). Whole layers come before sub-layers, sub-layers
+before groups; each is rounded towards keeping, and the next kind's share is of what is left. Attention and FFN
+sub-layers count as one kind.
 """
 
 from __future__ import annotations
@@ -38,9 +39,9 @@ from secateur.records.units import (
     FFN,
     LAYER,
     LAYER_UNIT_KINDS,
-    SITE_KINDS,
     SUBLAYER_OF,
     UNIT_NAMES,
+    WHOLE_KINDS,
 )
 
 TOKEN_FREQUENCY = "token_frequency"
@@ -131,9 +132,13 @@ def _shape(request: Request, scores: Scores, layers: Mapping[str, Sequence[Layer
     """Return the shape that was asked for; where only whole blocks go, the simplest that fits what is left."""
     if any(kind in LAYER_UNIT_KINDS for kind in scores.values):
         return request.shape
+    stay = [any(layer.keep for layer in entries) for entries in zip(*layers.values(), strict=True)]
     for kind, per_layer in layers.items():
-        others = [layer for other, entries in layers.items() if other != kind for layer in entries]
-        kept = {len(layer.keep) for layer, other in zip(per_layer, others, strict=True) if layer.keep or other.keep}
+        kept = {
+            len(entry.keep)
+            for layer, entry in enumerate(per_layer)
+            if stay[layer] and (entry.num_units or not geometry.has_sublayer(SUBLAYER_OF[kind], layer))
+        }
         if len(kept) > 1 or 0 in kept or not all(geometry.is_allowed(kind, count) for count in kept):
             return "uneven"
     return "uniform"
@@ -155,7 +160,7 @@ def same_size_plan(plan: Plan, scores: Scores, geometry: Geometry, vocabulary: V
     cut = _same_number(plan, scores, geometry)
     layers: dict[str, tuple[LayerPlan, ...]] = {}
     for kind, per_layer in plan.layers.items():
-        stay = cut.left(SUBLAYER_OF[kind])
+        stay = [layer for layer in cut.left(SUBLAYER_OF[kind]) if geometry.axes[kind][layer].num_units]
         kept = [len(layer.keep) for layer in per_layer if layer.keep]
         widths = dict(zip(stay, kept if kind in scores.values else (), strict=False))
         counts = [
@@ -175,7 +180,10 @@ def same_size_plan(plan: Plan, scores: Scores, geometry: Geometry, vocabulary: V
 
 
 def _same_number(plan: Plan, scores: Scores, geometry: Geometry) -> BlockCut:
-    """Return as many blocks of each scored kind as ``plan`` removes; of other kinds the very same."""
+    """Return as many blocks of each scored kind as ``plan`` removes; of other kinds the very same.
+
+    Of layers with experts, and of those without, as many go.
+    """
     whole, scored = plan.removed_layers, set(scores.values)
     numbers: dict[str, tuple[int, ...]] = {kind: plan.removed_sublayers(kind) for kind in (ATTENTION, FFN)}
     if LAYER in scored or not scored & {ATTENTION, FFN}:
@@ -187,8 +195,10 @@ def _same_number(plan: Plan, scores: Scores, geometry: Geometry) -> BlockCut:
         }
     cut = BlockCut(geometry)
     for kind, gone in numbers.items():
-        same = [(kind, layer) for layer in gone]
-        cut.take_first(removal_order(geometry, scores.values, [kind]) if kind in scored else same, len(gone))
+        order = removal_order(geometry, scores.values, [kind]) if kind in scored else [(kind, layer) for layer in gone]
+        for has_experts in (False, True):  # layers with experts have another size than those without
+            alike = [block for block in order if (block[1] in geometry.expert_layers) == has_experts]
+            cut.take_first(alike, sum((layer in geometry.expert_layers) == has_experts for layer in gone))
     return cut
 
 
@@ -238,12 +248,13 @@ class _Allocation:
         return removal_order(cut.geometry, self.scores.values, kinds, shapes)
 
     def solve(self, given_up: int) -> dict[str, tuple[LayerPlan, ...]]:
-        """Return the entries of every kind of unit that loses some, and of both kinds where whole blocks go."""
+        """Return the entries of every kind of unit that loses some; where whole blocks go, of all that make one up."""
         self.require_uneven()
         left = self.take_blocks(given_up)
         counts = self.by_parameters(given_up, left) if self.is_size else self.widths.by_units()
         if not self.cut.is_empty:
-            counts |= {kind: self.widths.sizes(kind) for kind in SITE_KINDS if kind not in counts}
+            whole = [kind for kind in WHOLE_KINDS if kind in self.geometry.axes and kind not in counts]
+            counts |= {kind: self.widths.sizes(kind) for kind in whole}
         return {
             kind: _layer_plans(kind, counts[kind], self.scores, self.geometry)
             for kind in LAYER_UNIT_KINDS

@@ -20,15 +20,17 @@ class Request:
     """What is asked of the allocator.
 
     Attributes:
-        budget: shares of units removed (``channels``, ``groups``, ``heads``, ``layers``, ``attention``, ``ffn``, one or
-            more; each of the units in what coarser units leave); or one of ``parameters``: share removed; ``bytes``:
-            target size of the weights; ``threshold``: absolute score at or below which units go.
+        budget: shares of units removed (``channels``, ``groups``, ``heads``, ``experts``, ``expert_channels``,
+            ``shared_channels``, ``layers``, ``attention``, ``ffn``, one or more; each of the units in what coarser
+            units leave); or one of ``parameters``: share removed; ``bytes``: target size of the weights; ``threshold``:
+            absolute score at or below which units go.
         shape: ``uniform`` or ``uneven``.
         allocation: ``uniform`` (same share everywhere); in uneven shape also ``global`` (rank the whole model),
             ``log_increase``, ``block_influence`` (shares by a rule); ``knapsack`` and ``search`` are measured, which is
             not the allocator's business.
         min_keep_ratio: share of a layer's units that global ranking and thresholds never go below.
-        multiple_of: kept FFN widths are multiples of this; ``auto`` is 32 from a width of 512 on, else 1.
+        multiple_of: kept widths of FFNs and experts are multiples of this; ``auto`` is 32 from a width of 512 on, else
+            1, or 8 inside routed experts, whose product takes no other widths.
         normalize: ``layer``: before layers compete, scores are standardised within each (mean 0, deviation 1), because
             raw scores of different layers have different scales; ``none``: they compete as they are.
         bytes_per_parameter: of the saved weights, for ``bytes``.

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Sequence
 
 from torch import Tensor
@@ -19,23 +20,45 @@ from secateur.allocate.counts import (
 from secateur.allocate.layer_ratios import by_influence, log_increase
 from secateur.allocate.request import RULES, Request
 from secateur.errors import PlanError
-from secateur.families.geometry import Geometry
+from secateur.families.geometry import WIDTH_MULTIPLE, Geometry
 from secateur.records.scores import Scores
-from secateur.records.units import FFN_CHANNEL, GQA_GROUP, LAYER, LAYER_UNIT_KINDS, QUERY_HEAD, SUBLAYER_OF
+from secateur.records.units import (
+    EXPERT,
+    EXPERT_CHANNEL,
+    FFN_CHANNEL,
+    GQA_GROUP,
+    LAYER,
+    LAYER_UNIT_KINDS,
+    QUERY_HEAD,
+    SHARED_CHANNEL,
+    SUBLAYER_OF,
+)
 
 _COARSE_WIDTH, _COARSE_MULTIPLE = 512, 32
-_RATIO_KEYS = {FFN_CHANNEL: "channels", GQA_GROUP: "groups", QUERY_HEAD: "heads"}
+_WIDTHS = (FFN_CHANNEL, EXPERT_CHANNEL, SHARED_CHANNEL)
+"""Kinds whose numbers are the widths of matrices."""
+_RATIO_KEYS = {
+    FFN_CHANNEL: "channels",
+    GQA_GROUP: "groups",
+    QUERY_HEAD: "heads",
+    EXPERT: "experts",
+    EXPERT_CHANNEL: "expert_channels",
+    SHARED_CHANNEL: "shared_channels",
+}
 
 
 def kept_multiple(geometry: Geometry, kind: str, sizes: Sequence[int], request: Request) -> int:
     """Return what kept counts of a kind are multiples of, in layers of these sizes; 0 where the sub-layer is gone."""
-    if kind != FFN_CHANNEL:
-        return geometry.step(kind)
+    step = geometry.step(kind)
+    if kind not in _WIDTHS:
+        return step
+    if kind == EXPERT_CHANNEL:
+        step *= WIDTH_MULTIPLE
     if request.multiple_of != "auto":
-        return request.multiple_of
-    there = [size for size in sizes if size] or [0]
+        return math.lcm(step, geometry.step(kind) * request.multiple_of)
+    there = [size // axis.num_groups for size, axis in zip(sizes, geometry.axes[kind], strict=True) if size] or [0]
     coarse = min(there) >= _COARSE_WIDTH and all(size % _COARSE_MULTIPLE == 0 for size in there)
-    return _COARSE_MULTIPLE if coarse else 1
+    return geometry.step(kind) * _COARSE_MULTIPLE if coarse else step
 
 
 class Widths:
@@ -93,10 +116,23 @@ class Widths:
         return kept_multiple(self._geometry, kind, self.sizes(kind), self._request)
 
     def _is_allowed(self, kind: str, count: int) -> bool:
-        return self._request.shape == "uneven" or self._geometry.is_allowed(kind, count)
+        if self._request.shape == "uneven":
+            return not self._geometry.why_impossible(kind, count)
+        return self._geometry.is_allowed(kind, count)
+
+    def _possible(self, kind: str, counts: Sequence[int]) -> list[int]:
+        """Return the counts, those that no model can have raised to the next that one can."""
+        return [
+            self._nearest_count(kind, size, n, exact=False) if n and self._geometry.why_impossible(kind, n) else n
+            for size, n in zip(self.sizes(kind), counts, strict=True)
+        ]
 
     def _require_even(self, kind: str) -> int:
-        sizes = [self.sizes(kind)[layer] for layer in self._cut.left(LAYER)]
+        sublayer, per_layer = SUBLAYER_OF[kind], self.sizes(kind)
+        others = {layer for layer in self._cut.left(sublayer) if not self._geometry.axes[kind][layer].num_units}
+        sizes = [per_layer[layer] for layer in self._cut.left(LAYER) if layer not in others]
+        if not sizes:
+            raise PlanError(f"no layer that stays has {kind}s. Use other units, or remove fewer layers.")
         if 0 in sizes:
             raise PlanError(
                 f"some layers of the model have no {SUBLAYER_OF[kind]} sub-layer, so shape: uniform is not possible. "
@@ -123,7 +159,12 @@ class Widths:
         else:
             kept = [
                 uniform_count(
-                    ratio, size, multiple=self.multiple(kind), kind=kind, is_allowed=lambda n: self._is_allowed(kind, n)
+                    ratio,
+                    size,
+                    multiple=self.multiple(kind),
+                    kind=kind,
+                    is_allowed=lambda n: self._is_allowed(kind, n),
+                    why_impossible=lambda n: self._geometry.why_impossible(kind, n),
                 )
                 if size
                 else 0
@@ -157,13 +198,15 @@ class Widths:
 
     def _rank_globally(self, kind: str, num_removed: int) -> list[int]:
         scores = self._scores_of(kind, lambda ordered: ordered.mean(0))
-        return global_counts(
+        counts = global_counts(
             standardised(scores) if self._request.normalize == "layer" else scores,
             num_removed,
             min_keep_ratio=self._request.min_keep_ratio,
             multiple=self.multiple(kind),
             kind=kind,
+            fewest=self._geometry.fewest(kind),
         )
+        return self._possible(kind, counts)
 
     def _by_threshold(self, kind: str, threshold: float) -> list[int]:
         """Keep what scores above the threshold, at least the floor, rounded up: no unit above the threshold goes."""
@@ -171,6 +214,7 @@ class Widths:
         scores = self._scores_of(kind, lambda ordered: ordered.amax(0))
         counts = self._floored(kind, threshold_counts(scores, threshold))
         rounded = [min(size, -(-n // multiple) * multiple) for n, size in zip(counts, sizes, strict=True)]
+        rounded = self._possible(kind, rounded)
         if self._request.shape == "uneven":
             return rounded
         size, widest = self._require_even(kind), max(rounded)
@@ -189,7 +233,8 @@ class Widths:
         return [kept if size else 0 for size in sizes]
 
     def _floored(self, kind: str, counts: Sequence[int]) -> list[int]:
-        floors = [floor_count(size, self._request.min_keep_ratio) for size in self.sizes(kind)]
+        fewest = self._geometry.fewest(kind)
+        floors = [min(size, max(fewest, floor_count(size, self._request.min_keep_ratio))) for size in self.sizes(kind)]
         raised = [layer for layer, (n, floor) in enumerate(zip(counts, floors, strict=True)) if n < floor]
         if raised:
             self._notes.append(
@@ -201,12 +246,13 @@ class Widths:
     def by_parameters(self, left: float, ratio: float) -> tuple[dict[str, list[int]], float]:
         """Return kept counts that remove ``left`` parameters in all, and how many are still left to remove.
 
-        ``ratio`` of each kind's goes, rounded towards keeping; the last kind makes up the rest.
+        ``ratio`` of each kind's goes, rounded towards keeping; the last kind makes up the rest: FFN channels, or what
+        owns most in models with experts.
         """
         costs = {kind: cost_per_unit(self._geometry, kind, self._shapes) for kind in self.kinds}
         owned = {kind: sum(c * n for c, n in zip(costs[kind], self.sizes(kind), strict=True)) for kind in self.kinds}
         counts = {}
-        kinds = sorted(self.kinds, key=lambda kind: kind == FFN_CHANNEL)
+        kinds = sorted(self.kinds, key=lambda kind: owned[kind] if self._geometry.experts else kind == FFN_CHANNEL)
         for kind in kinds:
             share = left / owned[kind] if kind == kinds[-1] else ratio
             counts[kind] = self._by_share(kind, share, exact=kind == kinds[-1])
@@ -233,9 +279,9 @@ class Widths:
 
     def _nearest_count(self, kind: str, size: int, aim: float, *, exact: bool) -> int:
         """Return the allowed count for a layer of ``size`` units nearest to ``aim``, or next above unless ``exact``."""
-        allowed = [n for n in range(size, 0, -1) if self._is_allowed(kind, n)]
         multiple = self.multiple(kind)
-        steps = [n for n in allowed if n % multiple == 0 or n == size]
+        whole = [n for n in range(size, 0, -1) if n % multiple == 0 or n == size]
+        steps = [n for n in whole if self._is_allowed(kind, n)]
         if not exact:
             return min(n for n in steps if n >= aim)
         return min(steps, key=lambda n: (abs(n - aim), -n))

@@ -6,14 +6,29 @@ Everything downstream (costs, taps, slicing) reads a ``Geometry`` and never a fa
 from __future__ import annotations
 
 import math
-from collections.abc import Collection, Iterable, Mapping
+from collections.abc import Collection, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
 from secateur.errors import FamilyError
-from secateur.families.schema import Axis, Family, SubLayer, evaluate
-from secateur.records.units import ATTENTION, AXIS_OF, FFN, LAYER, PARTS, SITE_OF, SUBLAYER_OF, SiteKey
+from secateur.families.schema import Axis, Experts, Family, SubLayer, evaluate
+from secateur.records.units import (
+    ATTENTION,
+    AXES_OF,
+    EXPERT,
+    EXPERT_CHANNEL,
+    FFN,
+    LAYER,
+    PARTS,
+    QUERY_HEAD,
+    SITE_OF,
+    SUBLAYER_OF,
+    UNIT_NAMES,
+    SiteKey,
+)
 
+WIDTH_MULTIPLE = 8
+"""Widths of routed experts are multiples of it: torch's grouped product wants rows of 16 bytes, 8 bfloat16 numbers."""
 SKIP_WORDS = {ATTENTION: "attention", FFN: "mlp"}
 """What transformers' per-layer configuration calls a sub-layer under ``skip``, the list of those a layer lacks."""
 
@@ -26,6 +41,69 @@ class Segment:
     side: str
     offset: int
     width: int
+
+
+@dataclass(frozen=True, slots=True)
+class TensorSlice:
+    """Entries ``offset .. offset + units * width`` along ``dim`` of a parameter or buffer, ``width`` per unit.
+
+    Attributes:
+        name: full name of the tensor; a model may lack it.
+        dim: dimension that is cut.
+        offset: first entry.
+        width: entries per unit.
+        stacked: whether dimension 0 counts groups of units, and ``dim`` holds each group's own.
+        is_buffer: whether it counts as no parameter.
+    """
+
+    name: str
+    dim: int
+    offset: int
+    width: int
+    stacked: bool = False
+    is_buffer: bool = False
+
+
+@dataclass(frozen=True, slots=True)
+class RoutedExperts:
+    """The routed experts of one layer, with full module names.
+
+    Attributes:
+        layer: layer index.
+        module: what holds the fused tensors, for example ``model.layers.3.mlp.experts``.
+        router: what scores the experts; its ``weight`` is [experts, hidden].
+        num_experts: experts.
+        per_token: experts that each token is sent to.
+        width: hidden channels of one expert.
+        num_groups: consecutive groups of experts that the router chooses among first; 1 where there are none.
+        renormalised: whether the weights of a token's experts are made to add up to 1 (a softmax over the chosen ones
+            counts). Where they are not, removing experts makes the weights of the others larger.
+        groups_per_token: groups that a token may be sent to.
+        min_per_group: experts that the router's score of a group is made of.
+    """
+
+    layer: int
+    module: str
+    router: str
+    num_experts: int
+    per_token: int
+    width: int
+    num_groups: int
+    renormalised: bool
+    groups_per_token: int = 1
+    min_per_group: int = 1
+
+    def why_impossible(self, count: int) -> str | None:
+        """Return why the router cannot work with ``count`` experts, or None where it can."""
+        if count < self.per_token:
+            return f"each token is sent to {self.per_token} experts"
+        if count % self.num_groups:
+            return f"the router's {self.num_groups} groups must keep as many experts each"
+        if count < self.min_per_group * self.num_groups:
+            return f"the router scores each of its {self.num_groups} groups by its best {self.min_per_group} experts"
+        if self.groups_per_token * (count // self.num_groups) < self.per_token:
+            return f"each token is sent to {self.per_token} experts of {self.groups_per_token} of the router's groups"
+        return None
 
 
 @dataclass(frozen=True, slots=True)
@@ -43,12 +121,15 @@ class UnitAxis:
     Attributes:
         kind: unit kind.
         layer: layer index.
-        num_units: units there are; 0 where the layer lacks the whole sub-layer, and none of the modules exists.
-        reader: module whose input holds the units, ``reader_width`` channels each.
+        num_units: units there are; 0 where the layer lacks the whole sub-layer, or its sub-layer consists of other
+            units, and none of the modules exists.
+        reader: module whose input holds the units, ``reader_width`` channels each; for the kinds in ``FUSED_KINDS`` it
+            is the module that holds the tensors of all experts, and no linear layer.
         linear: pre-activation outputs, one channel per unit.
-        segments: every weight slice cut with the units (empty where ``fixed``).
+        segments: every slice of a linear layer cut with the units (empty where ``fixed``).
         fixed: why these units cannot be cut, or None.
         per_group: units in each of the consecutive groups that must keep the same number of them; None: no groups.
+        tensors: every slice of another parameter or buffer cut with the units.
     """
 
     kind: str
@@ -60,6 +141,7 @@ class UnitAxis:
     segments: tuple[Segment, ...]
     fixed: str | None
     per_group: int | None = None
+    tensors: tuple[TensorSlice, ...] = ()
 
     @property
     def site(self) -> SiteKey:
@@ -79,11 +161,13 @@ class Geometry:
     Attributes:
         family: the family.
         num_layers: decoder layers.
-        axes: per unit kind, one entry per layer.
+        axes: per unit kind that the family describes, one entry per layer.
         dimensions: the model-wide sizes by the field's words.
         layer_types: per layer, its type of attention; layers that are all alike have the empty name.
         fixed_blocks: per block kind that cannot be taken out of this model, why.
         layer_dimensions: per layer, its own sizes by the field's words; empty where all layers have ``dimensions``.
+        experts: per layer, its routed experts, or None where it has none; empty for dense families.
+        expert_layers: layers whose FFN the configuration makes of experts, whether they still have it or not.
     """
 
     family: Family
@@ -93,6 +177,8 @@ class Geometry:
     layer_types: tuple[str, ...] = ()
     fixed_blocks: Mapping[str, str] = field(default_factory=dict)
     layer_dimensions: tuple[Mapping[str, int], ...] = ()
+    experts: tuple[RoutedExperts | None, ...] = ()
+    expert_layers: frozenset[int] = frozenset()
 
     def layer_name(self, layer: int) -> str:
         """Return the module name of a decoder layer."""
@@ -100,7 +186,12 @@ class Geometry:
 
     def has_sublayer(self, kind: str, layer: int) -> bool:
         """Return whether a layer has its ``attention`` or ``ffn`` sub-layer (still)."""
-        return self.axes[AXIS_OF[kind]][layer].num_units > 0
+        return self.sublayer_axis(kind, layer).num_units > 0
+
+    def sublayer_axis(self, kind: str, layer: int) -> UnitAxis:
+        """Return the axis whose units make up a layer's ``attention`` or ``ffn`` sub-layer: channels, or experts."""
+        first, *others = (self.axes[axis][layer] for axis in AXES_OF[kind] if axis in self.axes)
+        return next((axis for axis in others if axis.num_units), first)
 
     def has_block(self, kind: str, layer: int) -> bool:
         """Return whether there is a unit of a block kind in a layer; a layer itself always is."""
@@ -153,19 +244,50 @@ class Geometry:
 
     def config_updates(self, kind: str, units: int, layer: int | None = None) -> dict[str, int]:
         """Return the configuration keys to write when every layer (or the given one) keeps ``units`` of a kind."""
-        sizes = self.dimensions if layer is None or not self.layer_dimensions else self.layer_dimensions[layer]
-        names = {**sizes, "units": units}
+        names = {**self._sizes(layer), "units": units}
         return {key: evaluate(value, names) for key, value in family_axis(self.family, kind).config.items()}
 
+    def _sizes(self, layer: int | None) -> Mapping[str, int]:
+        """Return the sizes of a layer, or the model-wide ones."""
+        return self.dimensions if layer is None or not self.layer_dimensions else self.layer_dimensions[layer]
+
     def is_allowed(self, kind: str, units: int) -> bool:
-        """Return whether a stock model can have ``units`` of a kind in every layer."""
-        if units % self.step(kind):
+        """Return whether a stock model can have ``units`` of a kind in every layer that has such units."""
+        if units % self.step(kind) or self.why_impossible(kind, units):
             return False
+        return self._divides(kind, units, self.dimensions)
+
+    def _divides(self, kind: str, units: int, sizes: Mapping[str, int]) -> bool:
         divisor = family_axis(self.family, kind).divisor
-        if divisor is None:
-            return True
-        names = {**self.dimensions, "units": units}
-        return evaluate(divisor.of, names) % evaluate(divisor.number, names) == 0
+        names = {**sizes, "units": units}
+        return divisor is None or evaluate(divisor.of, names) % evaluate(divisor.number, names) == 0
+
+    def why_impossible(self, kind: str, units: int, layer: int | None = None) -> str | None:
+        """Return why no model can have ``units`` of a kind in a layer (the strictest one), or None where one can.
+
+        What a stock configuration refuses besides is the business of ``is_allowed``.
+        """
+        divisor = family_axis(self.family, kind).divisor
+        if divisor is not None and divisor.always:
+            step = self.step(kind) if layer is None else self.axes[kind][layer].num_groups
+            if units % step or not self._divides(kind, units, self._sizes(layer)):
+                return f"{divisor.number} must divide {divisor.of}"
+        layers = self.experts if layer is None else self.experts[layer : layer + 1]
+        there = [experts for experts in layers if experts is not None]
+        if kind == EXPERT:
+            return next(filter(None, (experts.why_impossible(units) for experts in there)), None)
+        if kind == EXPERT_CHANNEL and any(units // experts.num_experts % WIDTH_MULTIPLE for experts in there):
+            return (
+                "transformers multiplies by all experts of a layer at once, which takes a width per expert that is a "
+                f"multiple of {WIDTH_MULTIPLE}"
+            )
+        return None
+
+    def fewest(self, kind: str) -> int:
+        """Return the fewest units of a kind that a layer can keep of those that it has some of."""
+        most = max((axis.num_units for axis in self.axes[kind]), default=0)
+        step = self.step(kind)
+        return next((n for n in range(step, most + 1, step) if not self.why_impossible(kind, n)), most)
 
     def step(self, kind: str) -> int:
         """Return what the number of units that stay must be a multiple of, so that groups keep the same number each."""
@@ -173,15 +295,20 @@ class Geometry:
 
     def why_fixed(self, kind: str) -> str | None:
         """Return why no unit of a kind can be cut from this model; None where some can."""
+        if kind not in self.axes:
+            return "no model of this family has any"
         sizes = {axis.per_group for axis in self.axes[kind] if axis.num_units}
-        if sizes == {1}:
+        if kind == QUERY_HEAD and sizes == {1}:
             return "every key/value head of this model has one query head, which goes with it as a gqa_group"
-        return family_axis(self.family, kind).fixed
+        reason = family_axis(self.family, kind).fixed
+        if reason is None and not sizes and self.experts:
+            return f"no layer of this model has {UNIT_NAMES[kind]}"
+        return reason
 
     def allowed_counts(self, kind: str) -> list[int]:
         """Return the unit counts that a uniform model of this family may have, descending."""
-        most = max(axis.num_units for axis in self.axes[kind])
-        return [n for n in range(most, 0, -1) if self.is_allowed(kind, n)]
+        most, step = max(axis.num_units for axis in self.axes[kind]), self.step(kind)
+        return [n for n in range(most - most % step, 0, -step) if self.is_allowed(kind, n)]
 
     def vocabulary_costs(self, shapes: Mapping[str, tuple[int, ...]]) -> dict[str, int]:
         """Return how many numbers one token id has in each parameter that holds one row (or bias) per id.
@@ -198,11 +325,25 @@ class Geometry:
         assert key is not None, "the schema demands it"
         return {key: num_tokens}
 
-    def num_layers_updates(self, num_layers: int) -> dict[str, int]:
-        """Return the configuration keys to write when ``num_layers`` decoder layers stay."""
+    def layers_updates(self, layers: Sequence[int]) -> dict[str, Any]:
+        """Return the configuration keys to write when the given decoder layers stay, in that order.
+
+        They say how many there are, and which of them have experts.
+        """
         key = self.family.dimensions["num_layers"].config
         assert key is not None, "the schema demands it"
-        return {key: num_layers}
+        updates: dict[str, Any] = {key: len(layers)}
+        experts = self.family.experts
+        if experts is None:
+            return updates
+        dense = [new for new, old in enumerate(layers) if old not in self.expert_layers]
+        if experts.dense_first is not None:
+            updates[experts.dense_first] = len(dense)
+        if experts.dense_layers is not None:
+            updates[experts.dense_layers] = dense
+        if experts.step is not None:
+            updates[experts.step] = 1
+        return updates
 
     def require_cuttable(self, kinds: Iterable[str]) -> None:
         """Raise FamilyError if this model cannot lose units of one of the kinds; the reason is said."""
@@ -303,13 +444,20 @@ def build_geometry(family: Family, config: Mapping[str, Any]) -> Geometry:
     dimensions = resolve_dimensions(family, base)
     num_layers = dimensions["num_layers"]
     axes: dict[str, list[UnitAxis]] = {axis.name: [] for axis in family.axes}
+    expert_layers = _expert_layers(family.experts, config, num_layers)
+    experts: list[RoutedExperts | None] = []
     sizes: list[Mapping[str, int]] = []
     for layer in range(num_layers):
         local = resolve_dimensions(family, {**base, **overrides.get(layer, {})}) if overrides else dimensions
         sizes.append(local)
         skipped = overrides.get(layer, {}).get("skip") or ()
+        has_experts = layer in expert_layers
+        if family.experts is not None:
+            there = has_experts and SKIP_WORDS[FFN] not in skipped
+            experts.append(_routed_experts(family, layer, local, config) if there else None)
         for axis in family.axes:
             is_there = SKIP_WORDS[SUBLAYER_OF[axis.name]] not in skipped
+            is_there &= axis.layers == "all" or has_experts == (axis.layers == "experts")
             axes[axis.name].append(_unit_axis(family, axis, layer, local if is_there else None, dimensions))
     return Geometry(
         family=family,
@@ -319,6 +467,42 @@ def build_geometry(family: Family, config: Mapping[str, Any]) -> Geometry:
         layer_types=_layer_types(family, config, num_layers),
         fixed_blocks=_fixed_blocks(family, config),
         layer_dimensions=tuple(sizes) if overrides else (),
+        experts=tuple(experts),
+        expert_layers=expert_layers,
+    )
+
+
+def _expert_layers(experts: Experts | None, config: Mapping[str, Any], num_layers: int) -> frozenset[int]:
+    """Return the layers whose FFN the configuration makes of experts."""
+    if experts is None:
+        return frozenset()
+
+    def said(key: str | None, otherwise: Any) -> Any:
+        value = None if key is None else config.get(key)
+        return otherwise if value is None else value
+
+    first, step = said(experts.dense_first, 0), said(experts.step, 1)
+    dense = set(said(experts.dense_layers, ()))
+    return frozenset(layer for layer in range(first, num_layers) if layer not in dense and (layer + 1) % step == 0)
+
+
+def _routed_experts(family: Family, layer: int, sizes: Mapping[str, int], config: Mapping[str, Any]) -> RoutedExperts:
+    """Return the experts of a layer with the given sizes."""
+    experts = family.experts
+    assert experts is not None, "only families with experts are asked"
+    prefix = f"{family.layers}.{layer}."
+    stated = None if experts.renormalised.config is None else config.get(experts.renormalised.config)
+    return RoutedExperts(
+        layer=layer,
+        module=prefix + experts.module,
+        router=prefix + experts.router,
+        num_experts=sizes[experts.count],
+        per_token=sizes[experts.per_token],
+        width=sizes[experts.width],
+        num_groups=1 if experts.num_groups is None else sizes[experts.num_groups],
+        renormalised=experts.renormalised.default if stated is None else bool(stated),
+        groups_per_token=1 if experts.groups_per_token is None else sizes[experts.groups_per_token],
+        min_per_group=experts.min_per_group,
     )
 
 
@@ -365,5 +549,18 @@ def _unit_axis(
             if sizes is not None
         ),
         fixed=axis.fixed,
-        per_group=None if axis.per_group is None else evaluate(axis.per_group, known),
+        per_group=_per_group(axis, known),
+        tensors=tuple(
+            TensorSlice(
+                prefix + t.name, t.dim, evaluate(t.offset, known), evaluate(t.width, known), t.stacked, t.buffer
+            )
+            for t in axis.tensors
+            if sizes is not None
+        ),
     )
+
+
+def _per_group(axis: Axis, sizes: Mapping[str, int]) -> int | None:
+    """Return the units in each group; experts in a single group are free."""
+    each = None if axis.per_group is None else evaluate(axis.per_group, sizes)
+    return None if axis.name == EXPERT and each == sizes[axis.count] else each

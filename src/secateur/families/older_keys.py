@@ -13,15 +13,16 @@ from secateur.families.schema import Family
 
 
 def older_keys(config: Mapping[str, Any], family: Family) -> dict[str, Any]:
-    """Return the keys to add to a configuration for readers older than transformers 5; none where it has no rotation.
+    """Return the keys to add to a configuration for readers older than transformers 5.
 
     Newer readers prefer ``rope_scaling`` to ``rope_parameters``, so it says the same.
     """
+    keys = {older: config[newer] for older, newer in family.older_names.items() if newer in config}
     rope, names = config.get("rope_parameters"), family.older_rope
     if not isinstance(rope, Mapping):
-        return {}
+        return keys
     found = {key: _at(rope, path) for key, path in names.keys.items()}
-    keys = {key: value for key, value in found.items() if value is not None}
+    keys |= {key: value for key, value in found.items() if value is not None}
     scaling = _at(rope, names.scaling) if names.scaling else rope
     if isinstance(scaling, Mapping) and scaling.get("rope_type", "default") != "default":
         full = {**scaling, "type": scaling["rope_type"]}

@@ -8,13 +8,20 @@ of dimension names and integers, such as ``"num_attention_heads * head_dim"``; `
 from __future__ import annotations
 
 import re
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from typing import Literal
 
 from pydantic import BaseModel, ConfigDict, Field, field_validator, model_validator
 
 from secateur.errors import FamilyError
-from secateur.records.units import BLOCK_KINDS, LAYER_UNIT_KINDS, PARTS
+from secateur.records.units import (
+    BLOCK_KINDS,
+    EXPERT,
+    LAYER_UNIT_KINDS,
+    MOE_UNIT_KINDS,
+    PARTS,
+    REQUIRED_UNIT_KINDS,
+)
 
 _TOKEN = re.compile(r"\s*([A-Za-z_][A-Za-z0-9_]*|[0-9]+|[*/+])")
 
@@ -102,6 +109,31 @@ class Member(_Data):
     offset: str = "0"
 
 
+class TensorMember(_Data):
+    """Entries of one parameter or buffer that is no linear layer's weight or bias.
+
+    Attributes:
+        name: path inside the layer, for example ``mlp.experts.down_proj``; a model may lack it.
+        dim: dimension that is cut, ``width`` entries per unit from ``offset`` on.
+        stacked: whether dimension 0 counts the axis' groups and each group's own units lie along ``dim``, as the
+            hidden channels of fused experts do.
+        buffer: whether it is a buffer, which counts as no parameter.
+    """
+
+    name: str
+    dim: int = Field(default=0, ge=0)
+    width: str = "1"
+    offset: str = "0"
+    stacked: bool = False
+    buffer: bool = False
+
+    @model_validator(mode="after")
+    def _groups_come_first(self) -> TensorMember:
+        if self.stacked and self.dim == 0:
+            raise ValueError(f"{self.name} is stacked, so dimension 0 counts groups and units lie along another one")
+        return self
+
+
 class Output(_Data):
     """A linear layer's output before the activation function, from ``offset`` on, one value per unit."""
 
@@ -115,10 +147,11 @@ class Output(_Data):
 
 
 class Divisor(_Data):
-    """A rule of the configuration class: ``number`` must divide ``of``."""
+    """A rule of the configuration class: ``number`` must divide ``of``; ``always`` in uneven models too."""
 
     number: str
     of: str
+    always: bool = False
 
 
 class Axis(_Data):
@@ -127,9 +160,12 @@ class Axis(_Data):
     Attributes:
         name: the unit kind.
         count: dimension that counts the units.
-        reader: the linear layer whose input holds the units in order, ``reader_width`` channels each.
+        reader: the linear layer whose input holds the units in order, ``reader_width`` channels each; the module with
+            the fused tensors for units of which a layer has a set per expert.
         linear: layers whose outputs are the units' values before the activation function.
-        members: every weight slice that goes with a unit, the reader's columns included.
+        members: every slice of a linear layer that goes with a unit, the reader's columns included.
+        tensors: every slice of another parameter or buffer that goes with a unit.
+        layers: which layers have such units: all, or in families with experts those with or without (``dense``).
         config: configuration keys to write after a cut, as expressions over ``units`` and the dense dimensions.
         divisor: what the stock configuration class demands of the number that stays, if anything.
         per_group: units in each of the consecutive groups that must keep the same number of them, if there are groups.
@@ -142,6 +178,8 @@ class Axis(_Data):
     reader_width: str = "1"
     linear: tuple[Output, ...] = ()
     members: tuple[Member, ...] = ()
+    tensors: tuple[TensorMember, ...] = ()
+    layers: Literal["all", "dense", "experts"] = "all"
     config: dict[str, str] = {}
     divisor: Divisor | None = None
     per_group: str | None = None
@@ -156,9 +194,70 @@ class Axis(_Data):
 
     @model_validator(mode="after")
     def _cut_or_fixed(self) -> Axis:
-        cut = self.members and self.config
-        if (self.members or self.config or self.divisor or self.per_group) if self.fixed else not cut:
+        slices = self.members or self.tensors
+        cut = slices and self.config
+        if (slices or self.config or self.divisor or self.per_group) if self.fixed else not cut:
             raise ValueError("an axis has members and config to cut, or says in `fixed` why it has none")
+        if self.per_group is None and any(tensor.stacked for tensor in self.tensors):
+            raise ValueError(f"axis {self.name} has stacked tensors, so `per_group` must say how many units each holds")
+        return self
+
+
+class Flag(_Data):
+    """Yes or no: read from configuration key ``config``, else ``default``."""
+
+    config: str | None = None
+    default: bool
+
+    @model_validator(mode="before")
+    @classmethod
+    def _short_form(cls, data: object) -> object:
+        return {"default": data} if isinstance(data, bool) else data
+
+
+class Experts(_Data):
+    """Where a family's routed experts are, and how a token finds its own.
+
+    Attributes:
+        module: inside a layer, what holds the fused tensors of all its experts.
+        router: inside a layer, what scores them; its weight has one row each.
+        count: dimension that counts a layer's experts.
+        per_token: dimension that counts the experts a token is sent to.
+        width: dimension that counts the hidden channels of one expert.
+        num_groups: dimension that counts the groups that the router chooses among first; None: there are none.
+        groups_per_token: dimension that counts those of them a token may be sent to.
+        min_per_group: experts that the router's score of a group is made of.
+        renormalised: whether the weights of the chosen experts are made to add up to 1.
+        dense_first: configuration key that counts the first layers, which have no experts.
+        dense_layers: configuration key that lists layers without experts.
+        step: configuration key of a number n: only every n-th layer has experts.
+    """
+
+    module: str
+    router: str
+    count: str
+    per_token: str
+    width: str
+    num_groups: str | None = None
+    groups_per_token: str | None = None
+    min_per_group: int = Field(default=1, ge=1)
+    renormalised: Flag
+    dense_first: str | None = None
+    dense_layers: str | None = None
+    step: str | None = None
+
+    @property
+    def sizes(self) -> tuple[str, ...]:
+        """The dimensions that it names."""
+        named = (self.count, self.per_token, self.width, self.num_groups, self.groups_per_token)
+        return tuple(name for name in named if name is not None)
+
+    @model_validator(mode="after")
+    def _both_or_neither(self) -> Experts:
+        if (self.num_groups is None) != (self.groups_per_token is None):
+            raise ValueError("experts have both num_groups and groups_per_token, or neither")
+        if self.step is not None and self.dense_layers is None:
+            raise ValueError("experts with a step also need dense_layers, to say what is left of it once layers go")
         return self
 
 
@@ -241,7 +340,9 @@ class Family(_Data):
         blocks: the sub-layers, and what belongs to whole layers. ``num_layers`` under ``dimensions`` is read from the
             configuration key that counts them.
         axes: the unit kinds.
+        experts: where the routed experts are; None in families whose layers are all dense.
         older_rope: how configurations named the rotary settings before transformers 5.
+        older_names: other configuration keys that had another name then: the older one, and the one of today.
     """
 
     name: str
@@ -254,7 +355,9 @@ class Family(_Data):
     parts: dict[str, tuple[str, ...]]
     blocks: Blocks
     axes: tuple[Axis, ...]
+    experts: Experts | None = None
     older_rope: OlderRope = OlderRope()
+    older_names: dict[str, str] = {}
 
     @model_validator(mode="after")
     def _complete(self) -> Family:
@@ -266,9 +369,29 @@ class Family(_Data):
         if getattr(self.dimensions.get("num_layers"), "config", None) is None:
             raise ValueError("a family names the configuration key of num_layers")
         names = [axis.name for axis in self.axes]
-        if sorted(names) != sorted(LAYER_UNIT_KINDS):
-            raise ValueError(f"a family describes each of {', '.join(LAYER_UNIT_KINDS)} once; got {', '.join(names)}")
+        if len(set(names)) < len(names) or not set(REQUIRED_UNIT_KINDS) <= set(names):
+            raise ValueError(
+                f"a family describes each of {', '.join(REQUIRED_UNIT_KINDS)} once, and each of "
+                f"{', '.join(MOE_UNIT_KINDS)} at most once; got {', '.join(names)}"
+            )
         for axis in self.axes:
             if axis.count not in self.dimensions:
                 raise ValueError(f"axis {axis.name} counts {axis.count}, which is not under [dimensions]")
+        self._require_experts(names)
         return self
+
+    def _require_experts(self, names: Sequence[str]) -> None:
+        """Raise ValueError unless what is said about experts fits together."""
+        if self.experts is None:
+            about = [axis.name for axis in self.axes if axis.name in MOE_UNIT_KINDS or axis.layers != "all"]
+            if about:
+                raise ValueError(f"axes {', '.join(about)} are about layers with experts; say under [experts] where")
+            return
+        unknown = [size for size in self.experts.sizes if size not in self.dimensions]
+        if unknown:
+            raise ValueError(f"[experts] names {', '.join(unknown)}, which is not under [dimensions]")
+        if EXPERT not in names:
+            raise ValueError(f"a family with [experts] describes the axis {EXPERT}")
+        wrong = [axis.name for axis in self.axes if (axis.name in MOE_UNIT_KINDS) != (axis.layers == "experts")]
+        if wrong:
+            raise ValueError(f'axes {", ".join(MOE_UNIT_KINDS)} and no others have layers = "experts"; see {wrong}')

@@ -11,7 +11,7 @@ from itertools import pairwise
 from typing import Any
 
 from secateur.errors import PlanError
-from secateur.records.units import AXIS_OF, LAYER_UNIT_KINDS, SITE_KINDS
+from secateur.records.units import AXES_OF, AXIS_OF, LAYER_UNIT_KINDS, WHOLE_KINDS
 
 SCHEMA_VERSION = 3
 SHAPES = ("uniform", "uneven")
@@ -135,8 +135,9 @@ class Plan:
         shape: ``uniform`` (same widths in every layer) or ``uneven``.
         method: scoring method, and its ``options``.
         budget: the budget as asked, for example ``{"channels": 0.1}``.
-        layers: per unit kind, one entry per layer. A layer of which neither channels nor groups stay goes entirely, and
-            later layers move up; that needs entries for both. Entries for query heads may stand beside them.
+        layers: per unit kind, one entry per layer. A layer of which neither channels (or experts) nor groups stay goes
+            entirely, and later layers move up; that needs entries for both. Entries for other units may stand beside
+            them.
         vocabulary: which token ids stay; None where all do.
         parameters_dense: parameters by part before, ``parameters_pruned`` after.
         calibrated_on: names of the buckets, and ``calibration_tokens`` their size.
@@ -181,7 +182,8 @@ class Plan:
     def _require_uniform(self) -> None:
         gone = set(self.removed_layers)
         for kind, layers in self.layers.items():
-            widths = sorted({len(layer.keep) for index, layer in enumerate(layers) if index not in gone})
+            stay = [layer for index, layer in enumerate(layers) if index not in gone and layer.num_units]
+            widths = sorted({len(layer.keep) for layer in stay}) or [1]
             if widths[0] == 0:
                 raise PlanError(
                     "plan has shape uniform but takes a sub-layer out of a layer that stays "
@@ -196,16 +198,18 @@ class Plan:
     @property
     def removed_layers(self) -> tuple[int, ...]:
         """Indices of the layers that go entirely."""
-        if not set(SITE_KINDS) <= set(self.layers):
+        if not set(AXIS_OF.values()) <= set(self.layers):
             return ()
-        both = zip(*(self.layers[kind] for kind in SITE_KINDS), strict=True)
-        return tuple(index for index, pair in enumerate(both) if not any(layer.keep for layer in pair))
+        parts = zip(*(self.layers[kind] for kind in WHOLE_KINDS if kind in self.layers), strict=True)
+        return tuple(index for index, entries in enumerate(parts) if not any(entry.keep for entry in entries))
 
     def removed_sublayers(self, kind: str) -> tuple[int, ...]:
         """Return the layers that stay but lose their whole ``attention`` or ``ffn`` sub-layer."""
         gone = set(self.removed_layers)
-        entries = enumerate(self.layers.get(AXIS_OF[kind], ()))
-        return tuple(index for index, layer in entries if layer.is_removed and index not in gone)
+        entries = zip(*(self.layers[axis] for axis in AXES_OF[kind] if axis in self.layers), strict=True)
+        return tuple(
+            index for index, layer in enumerate(entries) if any(part.is_removed for part in layer) and index not in gone
+        )
 
     @property
     def narrows(self) -> bool:

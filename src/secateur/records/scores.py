@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
 from jaxtyping import Float64
 from torch import Tensor
+
+from secateur.records.units import EXPERT
 
 
 @dataclass(frozen=True, slots=True)
@@ -34,3 +36,15 @@ class Scores:
     depth_method: str = ""
     depth_options: Mapping[str, Any] = field(default_factory=dict)
     cumulative: bool = False
+
+
+def ranked_experts(scores: Scores) -> Iterator[dict[str, Any]]:
+    """Yield for each layer with experts its index, its experts in descending order of score, and their scores.
+
+    Plain data, one JSON object per layer, for servers that keep the first of such a list. Among equals the lower index
+    comes first. Nothing is yielded where experts were not scored.
+    """
+    for layer, values in enumerate(scores.values.get(EXPERT, ())):
+        if len(values):
+            order = values.argsort(descending=True, stable=True)
+            yield {"layer": layer, "experts": order.tolist(), "scores": values[order].tolist()}

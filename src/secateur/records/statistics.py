@@ -20,6 +20,7 @@ from torch import Tensor
 from secateur.records.gradients import GradientStatistics
 from secateur.records.gram import BucketGrams
 from secateur.records.impacts import ImpactStatistics
+from secateur.records.routing import RoutingSums, mix_routing
 from secateur.records.units import SiteKey as SiteKey
 
 
@@ -72,6 +73,7 @@ class BucketStatistics:
         documents: 63-bit hashes of the documents that were run; evaluation excludes them.
         corpus_fingerprint: identifies the calibration text.
         tokens_per_s: speed of the pass (0 where unknown); not part of the sums.
+        routing: per mixture-of-experts layer, sums over the tokens sent to each expert; empty in dense models.
     """
 
     num_tokens: int
@@ -85,6 +87,7 @@ class BucketStatistics:
     documents: Int64[Tensor, " documents"]
     corpus_fingerprint: str
     tokens_per_s: float = 0.0
+    routing: Mapping[SiteKey, RoutingSums] = field(default_factory=dict)
 
     def layer_influence(self) -> list[float]:
         """Return per layer 1 - mean cosine of its input and output."""
@@ -117,7 +120,8 @@ class Statistics:
 
 def merge_buckets(first: BucketStatistics, second: BucketStatistics) -> BucketStatistics:
     """Return the statistics of both shards together; they must come from the same model and taps."""
-    if first.moments.keys() != second.moments.keys() or first.linear_abs.keys() != second.linear_abs.keys():
+    by_tap = ("moments", "linear_abs", "routing")
+    if any(getattr(first, name).keys() != getattr(second, name).keys() for name in by_tap):
         raise ValueError("statistics with different taps cannot be merged")
     timed = [bucket for bucket in (first, second) if bucket.tokens_per_s]
     seconds = sum(bucket.num_tokens / bucket.tokens_per_s for bucket in timed)
@@ -136,6 +140,7 @@ def merge_buckets(first: BucketStatistics, second: BucketStatistics) -> BucketSt
         documents=torch.unique(torch.cat([first.documents, second.documents])),
         corpus_fingerprint="+".join(sorted(texts)),
         tokens_per_s=sum(bucket.num_tokens for bucket in timed) / seconds if seconds else 0.0,
+        routing={key: value + second.routing[key] for key, value in first.routing.items()},
     )
 
 
@@ -152,7 +157,8 @@ def mix_buckets(buckets: Mapping[str, BucketStatistics], weights: Mapping[str, i
 
     So how much text a bucket has does not matter, only its weight does. Sums are scaled to the count of all buckets
     together; counts of tokens, blocks and token ids are what was run, not weighed, and documents unite. Sums
-    with a count of their own (``Moments``, ``SequenceSums``) are weighed by means over that count.
+    with a count of their own (``Moments``, ``SequenceSums``) are weighed by means over that count. Those of experts are
+    weighed by each expert's part of the layer's total (``mix_routing``).
 
     Args:
         buckets: statistics by name; those without a weight are left out.
@@ -188,6 +194,8 @@ def _mix(merged: Any, parts: Sequence[Any], counts: Sequence[int], shares: Seque
     """
     if isinstance(merged, Mapping):
         return {key: _mix(value, [part[key] for part in parts], counts, shares) for key, value in merged.items()}
+    if isinstance(merged, RoutingSums):
+        return mix_routing(parts, shares)
     if is_dataclass(merged) and not isinstance(merged, type):
         own = [int(getattr(part, "count", count)) for part, count in zip(parts, counts, strict=True)]
         inner = {f.name: (getattr(merged, f.name), [getattr(part, f.name) for part in parts]) for f in fields(merged)}

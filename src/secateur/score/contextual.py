@@ -40,7 +40,7 @@ def contextual(
         at: ``activation``: what the reading projection receives, that is phi(W x + b), times the linear branch in
             gated layers (the paper's activation pruning). ``linear``: the output of the dense layer before the
             activation function (the paper's linear pruning); the smaller of gate and up in gated layers, because
-            either branch near zero silences the unit. ``linear`` exists for FFN channels only.
+            either branch near zero silences the unit. ``linear`` exists for FFN channels and those of shared experts.
 
     Raises:
         ConfigError: ``linear`` was asked for a unit kind without a dense layer of its own.
@@ -50,6 +50,7 @@ def contextual(
         return (evidence.moments.sum_abs / count).reshape(evidence.num_units, evidence.width).mean(1)
     if not evidence.linear_abs:
         raise ConfigError(
-            f"contextual with at: linear is defined for ffn_channel only; got {evidence.kind}. Use at: activation."
+            "contextual with at: linear is defined for ffn_channel and shared_channel only; got "
+            f"{evidence.kind}. Use at: activation."
         )
     return torch.stack([total / count for total in evidence.linear_abs]).amin(0)

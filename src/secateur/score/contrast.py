@@ -18,8 +18,10 @@ from torch import Tensor
 
 from secateur.errors import ConfigError
 from secateur.records.impacts import competition_ranks
+from secateur.records.units import LAYER_UNIT_KINDS
 from secateur.score.method import BUCKET, METHODS, Evidence, register
 from secateur.score.relative import over_mean_size
+from secateur.score.routed import able_method
 
 FLOOR = 1e-3
 """Added to both sides of a ratio, in means of the layer: below it a unit counts as unused by either text."""
@@ -36,6 +38,7 @@ FLOOR = 1e-3
     caveat="specificity is not importance: what both texts need scores as low as what neither does",
     source="ours; compare language-specific neurons, Tang et al. 2024, arXiv 2402.16438",
     contrast=True,
+    kinds=LAYER_UNIT_KINDS,
 )
 def contrast(
     evidence: Evidence,
@@ -50,7 +53,7 @@ def contrast(
 
     Args:
         evidence: of the domain's text, and of general text.
-        of: the method that values units, with its default options.
+        of: the method that values units, with its default options; where none is named, experts are valued by easy_ep.
         against: name of the bucket of general text.
         by: how the two scores are set against each other.
         strength: how much general text counts; 0 is the other method alone.
@@ -65,8 +68,8 @@ def contrast(
         raise ConfigError(
             f"method contrast would set bucket {against!r} against itself. Name other text in option against."
         )
-    METHODS[of].require_kinds([evidence.kind])
-    mine, other = (METHODS[of].function(text) for text in (evidence, evidence.of_bucket(against)))
+    method = able_method(of, evidence.kind, default="activation_norm")
+    mine, other = (method.function(text) for text in (evidence, evidence.of_bucket(against)))
     if by == "rank":
         mine, other = (competition_ranks(values[None])[0].double() / len(values) for values in (mine, other))
         return mine - strength * other

@@ -16,9 +16,15 @@ from secateur.records.gradients import UnitGradients
 from secateur.records.impacts import UnitImpacts
 from secateur.records.masks import MaskSettings
 from secateur.records.plan import Plan
+from secateur.records.routing import RoutingSums
 from secateur.records.statistics import Moments, SequenceSums
-from secateur.records.units import BLOCK_KINDS, LAYER_UNIT_KINDS
+from secateur.records.units import BLOCK_KINDS, EXPERT, FUSED_KINDS, LAYER_UNIT_KINDS
 from secateur.registry import Registry, unknown_name
+
+CHANNEL_KINDS: tuple[str, ...] = tuple(kind for kind in LAYER_UNIT_KINDS if kind != EXPERT)
+"""Kinds whose units are channels that some projection reads."""
+LINEAR_KINDS: tuple[str, ...] = tuple(kind for kind in LAYER_UNIT_KINDS if kind not in FUSED_KINDS)
+"""Those of them that a linear layer reads, where Gram matrices, gradients, impacts and masks can be taken."""
 
 
 def _no_impacts() -> UnitImpacts:
@@ -33,6 +39,14 @@ def _no_masks() -> Tensor:
         "these statistics hold no trained masks. Use a recipe (secateur run, or secateur.run), which trains them, or "
         "another method."
     )
+
+
+def _no_routing() -> RoutingSums:
+    raise ConfigError("these statistics do not say what experts do. Calibrate again, or use another method.")
+
+
+def _no_router() -> Tensor:
+    raise ConfigError("these units have no router. Use another method.")
 
 
 def _no_bucket(name: str) -> Evidence:
@@ -65,6 +79,11 @@ class Evidence:
             the block is gone, together with those that went before it.
         load_masks: returns the probability that each unit's trained gate is open; raises ConfigError where no masks
             were trained.
+        of_bucket: returns the evidence of one text alone.
+        buckets: names of the texts behind this evidence.
+        load_routing: for experts only: returns sums over the tokens that were sent to each. ``moments`` and
+            ``sequences`` of experts are empty.
+        load_router: for experts only: returns the router's weight, one row per expert; it may read the checkpoint.
     """
 
     kind: str
@@ -85,6 +104,8 @@ class Evidence:
     load_masks: Callable[[], Float64[Tensor, " units"]] = _no_masks
     of_bucket: Callable[[str], Evidence] = _no_bucket
     buckets: tuple[str, ...] = ()
+    load_routing: Callable[[], RoutingSums] = _no_routing
+    load_router: Callable[[], Float[Tensor, "experts hidden"]] = _no_router
 
 
 @dataclass(frozen=True, slots=True)
@@ -164,7 +185,7 @@ class Method:
     gram: bool = False
     gradient: bool = False
     output_gradient: bool = False
-    kinds: tuple[str, ...] = LAYER_UNIT_KINDS
+    kinds: tuple[str, ...] = CHANNEL_KINDS
     measure: RemovalMeasure = ""
     gradient_sketch: bool = False
     impact: bool = False
@@ -306,7 +327,7 @@ def register(
     gram: bool = False,
     gradient: bool = False,
     output_gradient: bool = False,
-    kinds: tuple[str, ...] = LAYER_UNIT_KINDS,
+    kinds: tuple[str, ...] | None = None,
     measure: RemovalMeasure = "",
     gradient_sketch: bool = False,
     impact: bool = False,
@@ -314,7 +335,12 @@ def register(
     notes: NotesFunction | None = None,
     mask: bool = False,
 ) -> Callable[[ScoreFunction], ScoreFunction]:
-    """Return a decorator that registers a scoring function under ``name``; fields as in ``Method``."""
+    """Return a decorator that registers a scoring function under ``name``; fields as in ``Method``.
+
+    By default ``kinds`` are those whose units are channels; where the method reads what only linear layers of their own
+    can give, those that have such a layer.
+    """
+    able = kinds or (LINEAR_KINDS if gram or gradient or impact or mask else CHANNEL_KINDS)
 
     def decorate(function: ScoreFunction) -> ScoreFunction:
         words = (measures, formula, needs, cost, caveat, source)
@@ -326,7 +352,7 @@ def register(
             gram,
             gradient,
             output_gradient,
-            kinds,
+            able,
             measure,
             gradient_sketch,
             impact,

@@ -12,14 +12,15 @@ from jaxtyping import Float64
 from torch import Tensor
 
 from secateur.errors import CheckpointError, ConfigError
-from secateur.families.geometry import Geometry, Segment, UnitAxis
+from secateur.families.geometry import Geometry, Segment, TensorSlice, UnitAxis
 from secateur.records.gradients import GradientStatistics, UnitGradients
 from secateur.records.gram import Grams
 from secateur.records.impacts import ImpactStatistics, UnitImpacts, judged_alike
 from secateur.records.masks import MaskStatistics
+from secateur.records.routing import EXTREMES, SUMS, RoutingSums
 from secateur.records.scores import Scores
 from secateur.records.statistics import BucketStatistics, Moments, SequenceSums
-from secateur.records.units import BLOCK_KINDS, LAYER
+from secateur.records.units import BLOCK_KINDS, EXPERT, FUSED_KINDS, LAYER
 from secateur.score.combine import most_needed, require_union
 from secateur.score.method import METHODS, Evidence, Method, Outcome
 
@@ -52,7 +53,7 @@ class TextRecords:
 
 
 def unit_weights(axis: UnitAxis, load: LoadTensor, weight_layout: str) -> list[Tensor]:
-    """Return the weight slices of an axis, one (units, elements) matrix per segment, biases as their own matrices."""
+    """Return the weight slices of an axis, one (units, elements) matrix per slice, biases as their own matrices."""
     slices: list[Tensor] = []
     for segment in axis.segments:
         weight = load(f"{segment.module}.weight")
@@ -62,7 +63,18 @@ def unit_weights(axis: UnitAxis, load: LoadTensor, weight_layout: str) -> list[T
         bias = load(f"{segment.module}.bias") if segment.side == "out" else None
         if bias is not None:
             slices.append(_cut(bias[:, None], segment, axis.num_units))
+    for part in axis.tensors:
+        tensor = None if part.is_buffer else load(part.name)
+        if tensor is not None:
+            slices.append(_cut_tensor(tensor, part, axis))
     return slices
+
+
+def _cut_tensor(tensor: Tensor, part: TensorSlice, axis: UnitAxis) -> Tensor:
+    """Return the slices of a parameter that is no linear layer's, a row per unit."""
+    groups = axis.num_groups if part.stacked else 1
+    held = tensor.movedim(part.dim, 1) if part.stacked else tensor.movedim(part.dim, 0)[None]
+    return held[:, part.offset : part.offset + axis.num_units // groups * part.width].reshape(axis.num_units, -1)
 
 
 def _cut(matrix: Tensor, segment: Segment, num_units: int) -> Tensor:
@@ -231,7 +243,8 @@ def rehearse(
         chosen.function(_block_evidence(kind, 0, 0.5, 0, 1.0), **options)
     for kind in axis_kinds:
         axis = next(axis for axis in geometry.axes[kind] if axis.num_units)
-        made_up = _made_up(kind, tuple(buckets), width=min(axis.reader_width, 2), linear=len(axis.linear))
+        width = 0 if kind == EXPERT else min(axis.reader_width, 2)
+        made_up = _made_up(kind, tuple(buckets), width=width, linear=len(axis.linear))
         chosen.function(made_up, **options)
 
 
@@ -256,6 +269,8 @@ def _made_up(kind: str, buckets: tuple[str, ...], *, width: int, linear: int) ->
         load_impacts=lambda: judged_alike(units),
         load_masks=lambda: ones,
         buckets=buckets,
+        load_routing=lambda: RoutingSums(1, **dict.fromkeys((*SUMS, *EXTREMES), ones)),
+        load_router=lambda: torch.eye(units).double(),
     )
     return replace(evidence, of_bucket=lambda name: replace(evidence, buckets=(name,)))
 
@@ -321,9 +336,20 @@ def _channels(axis: UnitAxis) -> int:
 
 
 def _reader_weight(axis: UnitAxis, load: LoadTensor, weight_layout: str) -> Tensor:
+    if axis.kind in FUSED_KINDS:
+        return _fused_reader(axis, load)
     weight = load(f"{axis.reader}.weight")
     assert weight is not None, f"{axis.reader} has no weight"
     return weight if weight_layout == "out_in" else weight.T
+
+
+def _fused_reader(axis: UnitAxis, load: LoadTensor) -> Tensor:
+    """Return the down projections of all experts side by side, one column per channel of each in turn."""
+    name = f"{axis.reader}.down_proj"
+    weight = load(name)
+    assert weight is not None, f"{axis.reader} has no down_proj"
+    channels = next(part.dim for part in axis.tensors if part.name == name)
+    return weight.movedim(channels, 1).flatten(0, 1).T
 
 
 def _mean_gram(method: Method, axis: UnitAxis, grams: Grams | None) -> Tensor:
@@ -389,8 +415,8 @@ def _evidence(
     load: LoadTensor,
     seed: int,
 ) -> Evidence:
-    statistics, site = text.statistics, axis.site
-    moments, layout = statistics.moments[site], geometry.family.weight_layout
+    statistics, site, layout = text.statistics, axis.site, geometry.family.weight_layout
+    moments, sequences = _channel_sums(statistics, axis)
     device = moments.sum.device
 
     def of_bucket(name: str) -> Evidence:
@@ -408,7 +434,7 @@ def _evidence(
         num_units=axis.num_units,
         width=axis.reader_width,
         moments=moments,
-        sequences=statistics.sequences[site],
+        sequences=sequences,
         linear_abs=[statistics.linear_abs[axis.layer, f"{axis.kind}.linear{i}"] for i in range(len(axis.linear))],
         load_weights=lambda: unit_weights(axis, load, layout),
         load_reader=lambda: _reader_weight(axis, load, layout).to(device),
@@ -419,4 +445,22 @@ def _evidence(
         load_masks=partial(_unit_masks, method, axis, text.masks),
         of_bucket=of_bucket,
         buckets=text.buckets,
+        load_routing=lambda: statistics.routing[site],
+        load_router=lambda: _router_weight(axis, geometry, load).to(device),
     )
+
+
+def _channel_sums(statistics: BucketStatistics, axis: UnitAxis) -> tuple[Moments, SequenceSums]:
+    """Return sums over the channels of an axis; experts have none."""
+    if axis.kind != EXPERT:
+        return statistics.moments[axis.site], statistics.sequences[axis.site]
+    nothing = statistics.routing[axis.site].routed[:0]
+    return Moments(0, nothing, nothing, nothing), SequenceSums(0, nothing)
+
+
+def _router_weight(axis: UnitAxis, geometry: Geometry, load: LoadTensor) -> Tensor:
+    experts = geometry.experts[axis.layer]
+    assert experts is not None, f"layer {axis.layer} has no experts"
+    weight = load(f"{experts.router}.weight")
+    assert weight is not None, f"{experts.router} has no weight"
+    return weight

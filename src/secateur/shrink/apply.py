@@ -10,14 +10,31 @@ import torch
 from torch import Tensor
 
 from secateur.errors import PlanError
-from secateur.families.geometry import SKIP_WORDS, Geometry, Segment, UnitAxis, is_inside
+from secateur.families.geometry import SKIP_WORDS, Geometry, Segment, TensorSlice, UnitAxis, is_inside
 from secateur.families.loader import UNEVEN_PREFIX, dense_model_type
 from secateur.records.plan import LayerPlan, Plan
-from secateur.records.units import ATTENTION, AXIS_OF, FFN, GQA_GROUP, LAYER, LAYER_UNIT_KINDS, QUERY_HEAD, SUBLAYER_OF
-from secateur.shrink.slicing import fold_constants, kept_rows
+from secateur.records.units import (
+    ATTENTION,
+    AXES_OF,
+    AXIS_OF,
+    EXPERT,
+    EXPERT_CHANNEL,
+    FFN,
+    GQA_GROUP,
+    LAYER,
+    LAYER_UNIT_KINDS,
+    QUERY_HEAD,
+    SHARED_CHANNEL,
+    SUBLAYER_OF,
+    WHOLE_KINDS,
+)
+from secateur.shrink.slicing import fold_constants, kept_entries, kept_rows
 from secateur.vocabulary import renumber
 
 _Cuts = dict[tuple[str, str], list[tuple[Segment, int, Sequence[int]]]]
+_TensorCuts = dict[str, list[tuple[TensorSlice, int, int, Sequence[int]]]]
+_PARTS = ((GQA_GROUP, QUERY_HEAD), (EXPERT, EXPERT_CHANNEL))
+"""Kinds of which the second are parts of the first."""
 
 
 def check_plan(plan: Plan, geometry: Geometry) -> None:
@@ -25,8 +42,9 @@ def check_plan(plan: Plan, geometry: Geometry) -> None:
 
     Raises:
         PlanError: family, layers, unit counts or vocabulary differ (both sides are named), the stock configuration
-            refuses the counts of a uniform plan, a layer that must have attention loses it, groups would keep different
-            numbers of query heads, or a constant belongs to a channel that stays.
+            refuses the counts of a uniform plan, a layer that must have attention loses it, a router cannot work with
+            the experts that stay, groups would keep different numbers of units, or a constant belongs to a channel that
+            stays.
         FamilyError: the family cannot cut units, or take out sub-layers or layers, that the plan removes.
     """
     if plan.family != geometry.family.name:
@@ -38,6 +56,8 @@ def check_plan(plan: Plan, geometry: Geometry) -> None:
             "again for this model."
         )
     for kind, layers in plan.layers.items():
+        if kind not in geometry.axes:
+            geometry.require_cuttable([kind])
         have = [axis.num_units for axis in geometry.axes[kind]]
         want = [layer.num_units for layer in layers]
         if have != want:
@@ -48,17 +68,32 @@ def check_plan(plan: Plan, geometry: Geometry) -> None:
         if any(layer.is_narrowed for layer in layers):
             geometry.require_cuttable([kind])
     _check_blocks(plan, geometry)
-    _check_heads(plan, geometry)
+    _check_groups(plan, geometry)
     gone = set(plan.removed_layers)
     for kind, layers in plan.layers.items():
-        kept = {len(layer.keep) for index, layer in enumerate(layers) if index not in gone}
-        if plan.shape == "uniform" and not geometry.is_allowed(kind, min(kept)):
+        stay = [entry for index, entry in enumerate(layers) if index not in gone and entry.keep]
+        _check_possible(kind, layers, geometry)
+        if plan.shape == "uniform" and stay and not geometry.is_allowed(kind, len(stay[0].keep)):
             raise PlanError(
-                f"the plan keeps {min(kept)} {kind}s per layer, which this family's configuration refuses. "
+                f"the plan keeps {len(stay[0].keep)} {kind}s per layer, which this family's configuration refuses. "
                 f"Keep one of {geometry.allowed_counts(kind)}, or set shape to uneven."
             )
         for axis, layer in zip(geometry.axes[kind], layers, strict=True):
             _check_constants(axis, layer)
+
+
+def _check_possible(kind: str, layers: Sequence[LayerPlan], geometry: Geometry) -> None:
+    """Refuse a number of units that no model can have."""
+    for index, layer in enumerate(layers):
+        reason = geometry.why_impossible(kind, len(layer.keep), index) if layer.is_narrowed else None
+        if reason:
+            axis = geometry.axes[kind][index]
+            works = [n for n in range(1, axis.num_units + 1) if not geometry.why_impossible(kind, n, index)]
+            shown = ", ".join(map(str, works if len(works) <= 16 else [*works[:15], "..."]))
+            raise PlanError(
+                f"the plan keeps {len(layer.keep)} of {axis.num_units} {kind}s in layer {index}, but {reason}. Keep "
+                f"one of {shown}."
+            )
 
 
 def _check_blocks(plan: Plan, geometry: Geometry) -> None:
@@ -66,6 +101,13 @@ def _check_blocks(plan: Plan, geometry: Geometry) -> None:
     kinds = [kind for kind in (ATTENTION, FFN) if plan.removed_sublayers(kind)]
     geometry.require_removable([*kinds, *([LAYER] if plan.removed_layers else [])])
     gone = set(plan.removed_layers)
+    whole = [kind for kind in WHOLE_KINDS if kind in geometry.axes and any(geometry.num_units(kind))]
+    lacking = sorted(set(whole) - set(plan.layers))
+    if gone and lacking:
+        raise PlanError(
+            f"the plan takes whole layers out of the model, but lacks entries for their {' and '.join(lacking)}s. Plan "
+            "again."
+        )
     stay = [layer for layer in range(geometry.num_layers) if layer not in gone]
     left = {kind: [layer for layer in stay if _keeps(plan, geometry, kind, layer)] for kind in (ATTENTION, FFN)}
     empty = [layer for layer in stay if layer not in left[ATTENTION] and layer not in left[FFN]]
@@ -84,41 +126,66 @@ def _check_blocks(plan: Plan, geometry: Geometry) -> None:
         )
 
 
-def _check_heads(plan: Plan, geometry: Geometry) -> None:
-    """Refuse query heads that do not fit the groups they are in, because they would read another key/value head."""
-    if QUERY_HEAD not in plan.layers:
-        return
-    if any(layer.is_narrowed for layer in plan.layers.get(GQA_GROUP, ())):
+def _check_groups(plan: Plan, geometry: Geometry) -> None:
+    """Refuse units that do not fit the groups or the sub-layers they are in."""
+    for whole, part in _PARTS:
+        if part in plan.layers and any(layer.is_narrowed for layer in plan.layers.get(whole, ())):
+            raise PlanError(
+                f"the plan removes both {whole}s and {part}s, which are parts of each other. Remove one kind, and "
+                "prune the result again for the other."
+            )
+    for kind in (QUERY_HEAD, EXPERT_CHANNEL, SHARED_CHANNEL):
+        for axis, layer in zip(geometry.axes.get(kind, ()), plan.layers.get(kind, ()), strict=False):
+            _check_part(axis, layer, _keeps(plan, geometry, SUBLAYER_OF[kind], axis.layer))
+    for kind, layers in plan.layers.items():
+        for axis, layer in zip(geometry.axes[kind], layers, strict=True):
+            _check_even(axis, layer)
+
+
+_CALLED = {QUERY_HEAD: ("attention", GQA_GROUP), EXPERT_CHANNEL: ("FFN", EXPERT), SHARED_CHANNEL: ("FFN", EXPERT)}
+
+
+def _check_part(axis: UnitAxis, layer: LayerPlan, stays: bool) -> None:
+    """Refuse units that stay where their sub-layer goes, or that all go where it stays."""
+    sublayer, whole = _CALLED[axis.kind]
+    if layer.is_removed and stays:
         raise PlanError(
-            f"the plan removes both {GQA_GROUP}s and {QUERY_HEAD}s, which are parts of each other. Remove one kind, "
-            "and prune the result again for the other."
+            f"the plan keeps no {axis.kind} in layer {axis.layer}, but does not say that its {sublayer} goes. Keep "
+            f"no {whole} there either, or keep a {axis.kind.replace('_', ' ')} of every group."
         )
-    for axis, layer in zip(geometry.axes[QUERY_HEAD], plan.layers[QUERY_HEAD], strict=True):
-        if layer.is_removed and _keeps(plan, geometry, ATTENTION, axis.layer):
-            raise PlanError(
-                f"the plan keeps no {QUERY_HEAD} in layer {axis.layer}, but does not say that its attention goes. Keep "
-                f"no {GQA_GROUP} there either, or keep a query head of every group."
-            )
-        if layer.keep and not _keeps(plan, geometry, ATTENTION, axis.layer):
-            raise PlanError(
-                f"the plan takes the attention out of layer {axis.layer}, but keeps {QUERY_HEAD}s there. Keep none."
-            )
-        if axis.per_group is None:
-            continue
-        counts = Counter(unit // axis.per_group for unit in layer.keep)
-        kept = [counts[group] for group in range(axis.num_groups)]
-        if len(set(kept)) > 1:
-            raise PlanError(
-                f"the plan keeps {', '.join(map(str, kept))} {QUERY_HEAD}s in the {axis.num_groups} groups of layer "
-                f"{axis.layer}. Every group must keep as many as the others, or query heads would read another group's "
-                "key/value head."
-            )
+    if layer.keep and not stays:
+        raise PlanError(
+            f"the plan takes the {sublayer} out of layer {axis.layer}, but keeps {axis.kind}s there. Keep none."
+        )
+
+
+_MIXED_UP = {
+    QUERY_HEAD: "query heads would read another group's key/value head",
+    EXPERT: "the router would take experts for another group's",
+    EXPERT_CHANNEL: "the experts of a layer would differ in width",
+}
+
+
+def _check_even(axis: UnitAxis, layer: LayerPlan) -> None:
+    """Refuse different numbers of units in the groups of a layer."""
+    if axis.per_group is None or not layer.keep:
+        return
+    counts = Counter(unit // axis.per_group for unit in layer.keep)
+    kept = [counts[group] for group in range(axis.num_groups)]
+    if len(set(kept)) > 1:
+        shown = ", ".join(map(str, kept if len(kept) <= 16 else [*kept[:15], "..."]))
+        raise PlanError(
+            f"the plan keeps {shown} {axis.kind}s in the {axis.num_groups} groups of layer {axis.layer}. Every group "
+            f"must keep as many as the others, or {_MIXED_UP[axis.kind]}."
+        )
 
 
 def _keeps(plan: Plan, geometry: Geometry, kind: str, layer: int) -> bool:
     """Return whether a layer still has a sub-layer afterwards."""
-    entries = plan.layers.get(AXIS_OF[kind])
-    return bool(entries[layer].keep) if entries is not None else geometry.has_sublayer(kind, layer)
+    entries = [plan.layers[axis][layer] for axis in AXES_OF[kind] if axis in plan.layers]
+    if any(entry.num_units for entry in entries):
+        return any(entry.keep for entry in entries)
+    return geometry.has_sublayer(kind, layer)
 
 
 def _check_constants(axis: UnitAxis, layer: LayerPlan) -> None:
@@ -169,6 +236,7 @@ def shrink_parameters(
     """
     check_plan(plan, geometry)
     cuts, constants = _cuts(plan, geometry)
+    tensor_cuts = _tensor_cuts(plan, geometry)
     readers = _readers(plan, geometry) if reconstruct is not None else {}
     shifts: dict[str, tuple[Tensor, list[float]]] = {}
     rows_first = geometry.family.weight_layout == "out_in"
@@ -198,7 +266,10 @@ def shrink_parameters(
             matrix = refitted[module].to(tensor)
             yield names[name], (matrix if rows_first else matrix.T).contiguous()
         else:
-            yield names[name], _slice(tensor, leaf, module, cuts, rows_first)
+            if name in tensor_cuts:
+                yield names[name], _slice_tensor(tensor, tensor_cuts[name])
+            else:
+                yield names[name], _slice(tensor, leaf, module, cuts, rows_first)
     if shifts:
         raise PlanError(f"{min(shifts)} has no bias that could take its removed constants over. Plan again.")
 
@@ -209,7 +280,7 @@ def _readers(plan: Plan, geometry: Geometry) -> dict[str, tuple[UnitAxis, list[i
         axis.reader: (axis, kept_channels(axis, layer.keep))
         for kind, layers in plan.layers.items()
         for axis, layer in zip(geometry.axes[kind], layers, strict=True)
-        if layer.is_narrowed
+        if layer.is_narrowed and axis.segments and axis.kind != EXPERT
     }
 
 
@@ -256,6 +327,33 @@ def _cuts(plan: Plan, geometry: Geometry) -> tuple[_Cuts, dict[str, list[tuple[i
     return cuts, constants
 
 
+def _tensor_cuts(plan: Plan, geometry: Geometry) -> _TensorCuts:
+    """Return what is cut of parameters and buffers that are no linear layer's, by name."""
+    cuts: _TensorCuts = defaultdict(list)
+    for kind, layers in plan.layers.items():
+        for axis, layer in zip(geometry.axes[kind], layers, strict=True):
+            if layer.is_narrowed:
+                for part in axis.tensors:
+                    cuts[part.name].append((part, axis.num_units, axis.num_groups, layer.keep))
+    return cuts
+
+
+def _slice_tensor(tensor: Tensor, cuts: Sequence[tuple[TensorSlice, int, int, Sequence[int]]]) -> Tensor:
+    """Return the tensor without the entries of removed units."""
+    for dim in sorted({part.dim for part, *_ in cuts}):
+        along = [cut for cut in cuts if cut[0].dim == dim]
+        keep = kept_entries(along, tensor.shape[0], tensor.shape[dim]).to(tensor.device)
+        if keep.dim() == 1:
+            tensor = tensor.index_select(dim, keep)
+        else:
+            shape = [1] * tensor.dim()
+            shape[0], shape[dim] = keep.shape
+            size = list(tensor.shape)
+            size[dim] = keep.shape[1]
+            tensor = tensor.gather(dim, keep.reshape(shape).expand(size))
+    return tensor.contiguous()
+
+
 def _slice(tensor: Tensor, leaf: str, module: str, cuts: _Cuts, rows_first: bool) -> Tensor:
     for side in ("out", "in"):
         segments = cuts.get((module, side))
@@ -276,8 +374,10 @@ def shrink_config(config: Mapping[str, Any], plan: Plan, geometry: Geometry) -> 
     Where token ids go, every id that the configuration names is renumbered.
 
     Raises:
+        PlanError: the plan does not fit the model; see ``check_plan``.
         TokenizerError: the configuration names a token id that does not stay.
     """
+    check_plan(plan, geometry)
     pruned = dict(config)
     if plan.vocabulary is not None:
         pruned = renumber(config, plan.vocabulary.keep) | geometry.vocabulary_updates(len(plan.vocabulary.keep))
@@ -285,10 +385,11 @@ def shrink_config(config: Mapping[str, Any], plan: Plan, geometry: Geometry) -> 
     if plan.removed_layers:
         pruned |= _fewer_layers(config, geometry, list(indices))
     if plan.shape == "uniform" and not config.get("per_layer_config"):
-        first = next(iter(indices))
         for kind in LAYER_UNIT_KINDS:  # query heads after their groups, which may be listed whole
-            if kind in plan.layers:
-                pruned.update(geometry.config_updates(kind, len(plan.layers[kind][first].keep)))
+            entries = [plan.layers[kind][layer] for layer in indices] if kind in plan.layers else []
+            kept = [len(entry.keep) for entry in entries if entry.keep]
+            if kept:
+                pruned.update(geometry.config_updates(kind, kept[0]))
         return pruned
     overrides = _overrides(config, plan, geometry)
     pruned["per_layer_config"] = {str(new): overrides[old] for old, new in indices.items() if old in overrides}
@@ -301,7 +402,7 @@ def _fewer_layers(config: Mapping[str, Any], geometry: Geometry, stay: Sequence[
     """Return the keys of a configuration that count layers or have one entry per layer, for the layers that stay."""
     lists = {key: config.get(key) for key in geometry.family.blocks.per_layer}
     updates: dict[str, Any] = {key: [value[layer] for layer in stay] for key, value in lists.items() if value}
-    return updates | geometry.num_layers_updates(len(stay))
+    return updates | geometry.layers_updates(stay)
 
 
 def _overrides(config: Mapping[str, Any], plan: Plan, geometry: Geometry) -> dict[int, dict[str, Any]]:

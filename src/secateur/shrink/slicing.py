@@ -5,13 +5,15 @@ Dims: ``rows`` the dimension that is cut.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+import math
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 
 import torch
 from jaxtyping import Float, Int64
 from torch import Tensor
 
-from secateur.families.geometry import Segment
+from secateur.errors import PlanError
+from secateur.families.geometry import Geometry, Segment, TensorSlice
 
 
 def kept_rows(segments: Sequence[tuple[Segment, int, Sequence[int]]], num_rows: int) -> Int64[Tensor, " rows"]:
@@ -35,6 +37,68 @@ def kept_rows(segments: Sequence[tuple[Segment, int, Sequence[int]]], num_rows: 
         units[list(kept)] = True
         keep[start:stop] = units.repeat_interleave(segment.width)
     return keep.nonzero()[:, 0]
+
+
+def kept_entries(
+    slices: Sequence[tuple[TensorSlice, int, int, Sequence[int]]], num_groups: int, size: int
+) -> Int64[Tensor, " entries"] | Int64[Tensor, "groups entries"]:
+    """Return the indices that stay along a dimension of ``size``; of stacked slices one row per group.
+
+    Args:
+        slices: (slice, units it holds, groups they are in, kept units), all along one dimension; all stacked or none.
+        num_groups: size of dimension 0, which counts the groups of stacked slices.
+        size: size of the dimension that is cut.
+
+    Raises:
+        ValueError: the slices overlap or leave the dimension, groups are not as many as dimension 0 says, or they would
+            keep different numbers of entries: a family file contradicts the weights.
+    """
+    keep = torch.ones(num_groups, size, dtype=torch.bool)
+    claimed = torch.zeros(size, dtype=torch.bool)
+    for part, num_units, groups, kept in slices:
+        rows = groups if part.stacked else 1
+        start, stop = part.offset, part.offset + num_units // rows * part.width
+        if (part.stacked and groups != num_groups) or stop > size or bool(claimed[start:stop].any()):
+            raise ValueError(f"{part.name}: entries {start}..{stop} of {rows} groups overlap others or exceed {size}")
+        claimed[start:stop] = True
+        units = torch.zeros(num_units, dtype=torch.bool)
+        units[list(kept)] = True
+        keep[:, start:stop] = units.reshape(rows, -1).repeat_interleave(part.width, dim=1)
+    if not any(part.stacked for part, *_ in slices):
+        return keep[0].nonzero()[:, 0]
+    counts = keep.sum(1)
+    if bool((counts != counts[0]).any()):
+        raise ValueError(f"{slices[0][0].name}: groups would keep different numbers of entries")
+    return keep.nonzero()[:, 1].reshape(num_groups, -1)
+
+
+def scale_experts(
+    parameters: Iterable[tuple[str, Tensor]], geometry: Geometry, factors: Mapping[int, float]
+) -> Iterator[tuple[str, Tensor]]:
+    """Yield the parameters with the output of whole layers of routed experts multiplied by a number.
+
+    Where a router does not make the weights of the chosen experts add up to 1, those of the experts that stay grow as
+    others go; a factor below 1 takes that back. It goes into the last projection of every expert and its bias.
+
+    Args:
+        parameters: (name, tensor) pairs of a model with that geometry.
+        geometry: of the model.
+        factors: per layer index, the factor; layers that are not named stay as they are.
+
+    Raises:
+        PlanError: a factor is for a layer without routed experts, or not a finite number above 0.
+    """
+    scaled: dict[str, float] = {}
+    for layer, factor in factors.items():
+        experts = geometry.experts[layer] if 0 <= layer < len(geometry.experts) else None
+        if experts is None or not (math.isfinite(factor) and factor > 0):
+            raise PlanError(
+                f"layer {layer} is to have the output of its experts multiplied by {factor}. Give a number above 0 for "
+                "a layer that has experts."
+            )
+        scaled |= {f"{experts.module}.{leaf}": factor for leaf in ("down_proj", "down_proj_bias")}
+    for name, tensor in parameters:
+        yield name, (tensor.double() * scaled[name]).to(tensor.dtype) if name in scaled else tensor
 
 
 def fold_constants(

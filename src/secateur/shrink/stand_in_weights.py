@@ -15,6 +15,7 @@ import torch
 from torch import Tensor
 
 from secateur.families.geometry import Geometry, UnitAxis
+from secateur.records.units import EXPERT, SHARED_CHANNEL
 from secateur.shrink.apply import Reconstruct, kept_channels
 
 ChooseUnits = Callable[[str, int, int], Sequence[int]]
@@ -52,6 +53,10 @@ class StandInWeights:
 
     def site(self, axis: UnitAxis, kept: int) -> dict[str, Tensor]:
         """Return the parameters of one projection that change when ``kept`` units of its axis stay."""
+        if axis.kind == EXPERT:
+            assert kept == 0, "experts are left out one sub-layer at a time"
+            found = {name: self.load_tensor(name) for name in self._ends(axis)}
+            return {name: torch.zeros_like(weight) for name, weight in found.items() if weight is not None}
         name = f"{axis.reader}.weight"
         dense = self._weight(name)
         if kept == 0:
@@ -62,6 +67,13 @@ class StandInWeights:
         matrix = torch.zeros_like(dense)
         (matrix if self._rows_first else matrix.T)[:, channels] = columns
         return {name: matrix}
+
+    def _ends(self, axis: UnitAxis) -> list[str]:
+        """Return the parameters that end the sub-layer of routed experts, those of a shared expert among them."""
+        shared = self.geometry.axes.get(SHARED_CHANNEL, ())
+        readers = [other.reader for other in shared if other.layer == axis.layer]
+        linear = [f"{reader}.{leaf}" for reader in readers for leaf in ("weight", "bias")]
+        return [*(f"{axis.reader}.{leaf}" for leaf in ("down_proj", "down_proj_bias")), *linear]
 
     @property
     def _rows_first(self) -> bool:

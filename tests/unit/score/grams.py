@@ -11,7 +11,7 @@ from torch import Tensor, nn
 from secateur.families.geometry import Geometry
 from secateur.records.gram import GramsInMemory
 from secateur.records.statistics import SiteKey
-from secateur.records.units import SITE_KINDS
+from secateur.records.units import FUSED_KINDS, SITE_KINDS
 from secateur.stream.forward import run_backbone
 from tests.blocks import HandMadeBlocks
 
@@ -29,8 +29,8 @@ def grams_of(model: Any, blocks: HandMadeBlocks, geometry: Geometry) -> GramsInM
         return hook
 
     with torch.inference_mode(), ExitStack() as stack:
-        for kind in SITE_KINDS:
-            for axis in geometry.axes[kind]:
+        for kind in (kind for kind in SITE_KINDS if kind in geometry.axes and kind not in FUSED_KINDS):
+            for axis in (axis for axis in geometry.axes[kind] if axis.num_units):
                 handle = model.get_submodule(axis.reader).register_forward_pre_hook(keep((axis.layer, kind)))
                 stack.callback(handle.remove)
         run_backbone(model, batch, geometry.family)

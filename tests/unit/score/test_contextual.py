@@ -38,5 +38,5 @@ def test_linear_of_a_plain_layer_is_its_own_output() -> None:
 
 def test_linear_of_attention_groups_is_refused() -> None:
     """Groups have no dense layer before an activation function; the message says what to use."""
-    with pytest.raises(ConfigError, match=r"at: linear is defined for ffn_channel only; got gqa_group. Use at: "):
+    with pytest.raises(ConfigError, match=r"at: linear is defined for ffn_channel and shared_channel only; got gqa_"):
         contextual(evidence(TOKENS, width=2), at="linear")

@@ -18,11 +18,11 @@ from secateur.families.loader import families
 from secateur.records.gram import GramsInMemory
 from secateur.records.masks import MaskStatistics
 from secateur.records.statistics import BucketStatistics
-from secateur.records.units import ATTENTION, BLOCK_KINDS, LAYER_UNIT_KINDS, QUERY_HEAD, SITE_OF
+from secateur.records.units import ATTENTION, BLOCK_KINDS, QUERY_HEAD, REQUIRED_UNIT_KINDS, SITE_OF
 from secateur.score import METHODS, Evidence, Method, TextRecords, rehearse, score_units
 from secateur.score.run import unit_weights
 from tests.blocks import hand_made_blocks
-from tests.conftest import geometry_of, pico_model
+from tests.conftest import DENSE, geometry_of, pico_model
 from tests.unit.score.grams import grams_of
 from tests.variants import variants
 
@@ -136,7 +136,7 @@ def test_scores_that_are_not_finite_are_refused() -> None:
         score_units("contextual", empty, geometry, ["ffn_channel"], load_tensor=refuse)
 
 
-@pytest.mark.parametrize("name", list(families()))
+@pytest.mark.parametrize("name", DENSE)
 def test_unit_weights_are_all_the_weights_of_the_cut_layers(name: str) -> None:
     """Over all units the slices of an axis hold every element of the layers they cut, once, and no reader bias.
 
@@ -171,7 +171,7 @@ def test_a_unit_holds_its_own_rows_and_columns() -> None:
     assert torch.equal(columns[1], output.T[16:32].reshape(-1))
 
 
-WIDTH_METHODS = [name for name in METHODS if set(LAYER_UNIT_KINDS) <= set(METHODS[name].kinds)]
+WIDTH_METHODS = [name for name in METHODS if set(REQUIRED_UNIT_KINDS) <= set(METHODS[name].kinds)]
 PLAIN_METHODS = "activation_norm, contextual, fluctuation, magnitude, minitron, wanda"
 """What needs neither Gram matrices nor gradients."""
 GRAM_METHODS = [name for name in METHODS if METHODS[name].gram]
@@ -200,11 +200,11 @@ def seen() -> Iterator[list[Evidence]]:
     del METHODS._items["a looking method"]
 
 
-@pytest.mark.parametrize("name", list(families()))
+@pytest.mark.parametrize("name", DENSE)
 def test_the_reader_maps_what_was_summed_to_the_layers_output(name: str, seen: list[Evidence]) -> None:
     """Whatever the layout on disk: the weight times a channel vector (plus bias) is the reading module's output."""
     model, geometry, statistics = calibrated(name)
-    kinds = [kind for kind in LAYER_UNIT_KINDS if not geometry.axes[kind][0].fixed]
+    kinds = [kind for kind in REQUIRED_UNIT_KINDS if not geometry.axes[kind][0].fixed]
     score_units("a looking method", statistics, geometry, kinds, load_tensor=model.state_dict().get)
     axes = [axis for kind in kinds for axis in geometry.axes[kind]]
     for axis, evidence in zip(axes, seen, strict=True):
@@ -222,8 +222,10 @@ def test_the_gram_matrix_is_the_symmetric_mean_of_its_own_site(seen: list[Eviden
     load = model.state_dict().get
     for sums in (exact, GramsInMemory(exact.count, tilted)):
         seen.clear()
-        score_units("a looking method", statistics, geometry, LAYER_UNIT_KINDS, load_tensor=load, grams=sums)
-        assert [(item.layer, item.kind) for item in seen] == [(i, kind) for kind in LAYER_UNIT_KINDS for i in range(2)]
+        score_units("a looking method", statistics, geometry, REQUIRED_UNIT_KINDS, load_tensor=load, grams=sums)
+        assert [(item.layer, item.kind) for item in seen] == [
+            (i, kind) for kind in REQUIRED_UNIT_KINDS for i in range(2)
+        ]
         for item in seen:
             gram = item.load_gram()
             assert gram.dtype == torch.float64 and torch.equal(gram, gram.T)
@@ -257,15 +259,15 @@ def test_methods_that_need_gradients_say_so_where_there_are_none(method: str) ->
             f"method {name} needs gradients, and these statistics hold none; take them with the calibration "
             f"(gradients=True), or use a method that does without: {PLAIN_METHODS}."
         )
-        rehearse(name, geometry, LAYER_UNIT_KINDS, options)
+        rehearse(name, geometry, REQUIRED_UNIT_KINDS, options)
 
 
 def test_gradients_reach_the_method_site_by_site() -> None:
     """Each place gets its own sums."""
     model, geometry, statistics = calibrated("llama")
-    gradients = collect_gradients(model, hand_made_blocks(), geometry, LAYER_UNIT_KINDS, outputs=True)
+    gradients = collect_gradients(model, hand_made_blocks(), geometry, REQUIRED_UNIT_KINDS, outputs=True)
     scores = score_units(
-        "fisher", statistics, geometry, LAYER_UNIT_KINDS, load_tensor=refuse, gradients=gradients
+        "fisher", statistics, geometry, REQUIRED_UNIT_KINDS, load_tensor=refuse, gradients=gradients
     ).values
     for (layer, kind), units in gradients.units.items():
         torch.testing.assert_close(scores[kind][layer], units.mask_sq / 4)
@@ -324,13 +326,13 @@ def test_rehearsing_knows_the_buckets() -> None:
     """What does not fit them is refused before any text is run."""
     geometry = calibrated("llama")[1]
     options = {"dimensions": {"language": ["zh"]}}
-    rehearse("cus_prun", geometry, LAYER_UNIT_KINDS, options, ["zh"])
+    rehearse("cus_prun", geometry, REQUIRED_UNIT_KINDS, options, ["zh"])
     with pytest.raises(ConfigError, match="leaves out law, whose text decides"):
-        rehearse("cus_prun", geometry, LAYER_UNIT_KINDS, options, ["zh", "law"])
+        rehearse("cus_prun", geometry, REQUIRED_UNIT_KINDS, options, ["zh", "law"])
     with pytest.raises(ConfigError, match="no text for domain"):
-        rehearse("cus_prun", geometry, LAYER_UNIT_KINDS, {"dimensions": {"language": ["zh"], "domain": []}}, ["zh"])
+        rehearse("cus_prun", geometry, REQUIRED_UNIT_KINDS, {"dimensions": {"language": ["zh"], "domain": []}}, ["zh"])
     with pytest.raises(ConfigError, match="bucket 'general' against itself"):
-        rehearse("contrast", geometry, LAYER_UNIT_KINDS, {}, ["general"])
+        rehearse("contrast", geometry, REQUIRED_UNIT_KINDS, {}, ["general"])
 
 
 @pytest.mark.parametrize("method", GRAM_METHODS)
@@ -365,11 +367,12 @@ def test_a_gram_matrix_that_is_not_finite_is_refused(method: str) -> None:
 @pytest.mark.parametrize("method", list(METHODS))
 def test_every_method_can_be_rehearsed(method: str) -> None:
     """Nothing is read, and the only refusal is one that the method makes of itself."""
-    for name in ("llama", "phi"):
-        _, geometry, _ = calibrated(name)
+    for name in ("llama", "phi", "qwen2_moe"):
+        geometry = calibrated(name)[1] if name in DENSE else geometry_of(pico_model(families()[name]), families()[name])
+        kinds = [kind for kind in METHODS[method].kinds if kind in (*geometry.axes, *BLOCK_KINDS)]
         for options in variants(method):
             try:
-                rehearse(method, geometry, METHODS[method].kinds, options)
+                rehearse(method, geometry, kinds, options)
             except ConfigError as error:
                 assert options == {"at": "linear"} and "gqa_group" in str(error)
 
@@ -382,7 +385,7 @@ def test_a_rehearsal_of_a_large_model_takes_no_time() -> None:
         for kind, axes in geometry.axes.items()
     }
     for method in WIDTH_METHODS:
-        rehearse(method, replace(geometry, axes=huge), LAYER_UNIT_KINDS, {})
+        rehearse(method, replace(geometry, axes=huge), REQUIRED_UNIT_KINDS, {})
 
 
 def test_a_rehearsal_refuses_what_the_run_would_refuse() -> None:

@@ -1,0 +1,67 @@
+"""Runs that take experts out of mixture-of-experts models, from recipe to report."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from safetensors import safe_open
+from transformers import AutoModelForCausalLM
+
+import secateur
+from secateur.errors import PlanError
+from secateur.families.loader import families
+from tests.conftest import pico_model
+from tests.pico import Pico, pico_tokenizer
+
+
+def moe_folder(folder: Path, name: str) -> Path:
+    """Save a pico model with experts and four layers, with its tokenizer."""
+    tokenizer, family = pico_tokenizer(), families()[name]
+    layers = str(family.dimensions["num_layers"].config)
+    pico_model(family, torch.float32, vocab_size=len(tokenizer), **{layers: 4}).save_pretrained(folder)
+    tokenizer.save_pretrained(folder)
+    return folder
+
+
+@pytest.mark.parametrize(
+    ("name", "prune"),
+    [
+        ("qwen3_moe", {"budget": {"experts": 0.5}}),
+        ("gpt_oss", {"units": ["expert", "gqa_group", "vocabulary", "layer"], "budget": {"parameters": 0.4}}),
+        ("granitemoe", {"units": ["expert"], "budget": {"parameters": 0.2}, "shape": "uneven"}),
+    ],
+)
+def test_experts_go_and_the_folder_loads(pico: Pico, tmp_path: Path, name: str, prune: dict[str, Any]) -> None:
+    """As large as the plan says, beside a control of the same size; in uniform shape a stock model."""
+    recipe = pico.recipe(tmp_path / "run", model=str(moe_folder(tmp_path / "moe", name)))
+    result = secateur.run({**recipe, "prune": {"method": "random", **prune}})
+    plan, evaluation = result.plan, result.evaluation
+    assert plan is not None and evaluation is not None
+    sizes = {row.total_parameters for label, row in evaluation.models.items() if label != "dense"}
+    assert sizes == {plan.total_pruned}
+    model = AutoModelForCausalLM.from_pretrained(tmp_path / "run/model", dtype=torch.float32).eval()
+    assert model.num_parameters() == plan.total_pruned
+    assert type(model).__module__.startswith("transformers.") == (plan.shape == "uniform")
+    assert "| experts |" in (tmp_path / "run/report.md").read_text()
+    if name == "qwen3_moe":
+        config = json.loads((tmp_path / "run/model/config.json").read_text())
+        assert config["num_experts"] == config["num_local_experts"] == 4
+        with safe_open(tmp_path / "run/model/model.safetensors", "pt") as file:
+            assert "model.layers.1.mlp.experts.3.down_proj.weight" in set(file.keys())
+
+
+def test_what_no_router_can_do_is_refused_before_any_text_is_run(pico: Pico, tmp_path: Path) -> None:
+    """Nine tenths of eight experts leave fewer than a token is sent to."""
+    recipe = pico.recipe(tmp_path / "run", model=str(moe_folder(tmp_path / "moe", "mixtral")))
+    with pytest.raises(PlanError, match="leaves 1 per layer, but each token is sent to 2 experts"):
+        secateur.run({**recipe, "prune": {"method": "random", "budget": {"experts": 0.9}}})
+    with pytest.raises(
+        PlanError, match="knapsack measures cuts of dense layers, and this mixtral model has layers with"
+    ):
+        prune = {"units": ["layer"], "budget": {"parameters": 0.3}, "allocation": "knapsack", "shape": "uneven"}
+        secateur.run({**recipe, "prune": prune})
+    assert not (tmp_path / "run/statistics").exists()
