@@ -58,12 +58,18 @@ def families_page() -> str:
         "Whole layers (`layer`) and sub-layers (`attention`, `ffn`) can be taken out of every family, except as said",
         "below; see [What can be removed?](units.md).",
         "",
+        "`ffn_channel` is about FFNs without experts; `expert` and the two columns after it are about",
+        "[mixture-of-experts layers](units.md#what-are-experts).",
+        "",
         "| family | `model_type` | " + " | ".join(f"`{kind}`" for kind in LAYER_UNIT_KINDS) + " |",
         "|---|---|" + "---|" * len(LAYER_UNIT_KINDS),
     ]
     for name, family in families().items():
         cells = []
         for kind in LAYER_UNIT_KINDS:
+            if all(axis.name != kind for axis in family.axes):
+                cells.append("")
+                continue
             axis = family_axis(family, kind)
             rule = f"; uniform shape: {axis.divisor.number} must divide {axis.divisor.of}" if axis.divisor else ""
             cells.append(f"no: {axis.fixed}" if axis.fixed else f"yes{rule}")

@@ -21,8 +21,29 @@ PICO_SIZES = {
     "num_key_value_heads": 3,
     "head_dim": 8,
     "num_positions": 64,
+    "num_experts": 8,
+    "experts_per_token": 2,
+    "expert_width": 24,
+    "num_expert_groups": 2,
+    "expert_groups_per_token": 1,
+    "num_shared_experts": 2,
+    "shared_width": 24,
 }
 """Three GQA groups of two query heads where the family has groups, else six heads; 6, 4 and 2 heads divide 48."""
+DENSE = [name for name, family in families().items() if family.experts is None]
+"""Names of the families without experts."""
+WITH_EXPERTS = [name for name, family in families().items() if family.experts is not None]
+"""Names of the families with experts."""
+LATENT = {"q_lora_rank": 20, "kv_lora_rank": 16, "qk_nope_head_dim": 8, "qk_rope_head_dim": 4}
+"""Sizes of latent attention, which no family file names."""
+EXTRA: dict[str, dict[str, Any]] = {
+    "deepseek_v2": {**LATENT, "first_k_dense_replace": 1, "topk_method": "group_limited_greedy"},
+    "deepseek_v3": {**LATENT, "first_k_dense_replace": 1},
+    "qwen2_moe": {"mlp_only_layers": [0]},
+    "qwen3_moe": {"mlp_only_layers": [0], "norm_topk_prob": True},
+    "gpt_oss": {"rope_parameters": {"rope_type": "default", "rope_theta": 10000.0}},
+}
+"""What else the tiny configurations of some families need; where a family can have dense layers, the first one is."""
 
 
 def pico_config(family: Family, **extra: Any) -> Any:
@@ -31,7 +52,7 @@ def pico_config(family: Family, **extra: Any) -> Any:
 
     sizes = {d.config: PICO_SIZES[name] for name, d in family.dimensions.items() if d.config}
     ids = {"pad_token_id": 0, "bos_token_id": 1, "eos_token_id": 2}
-    return AutoConfig.for_model(family.model_types[0], **{**ids, **sizes, **extra})
+    return AutoConfig.for_model(family.model_types[0], **{**ids, **sizes, **EXTRA.get(family.name, {}), **extra})
 
 
 def pico_model(family: Family, dtype: torch.dtype = torch.float64, seed: int = 0, **extra: Any) -> Any:
@@ -56,7 +77,13 @@ def one_thread() -> None:
     torch.set_num_threads(1)
 
 
-@pytest.fixture(params=list(families()))
+@pytest.fixture(params=DENSE)
 def family(request: pytest.FixtureRequest) -> Family:
-    """Every registered family in turn."""
+    """Every registered family without experts in turn."""
+    return families()[request.param]
+
+
+@pytest.fixture(params=WITH_EXPERTS)
+def moe_family(request: pytest.FixtureRequest) -> Family:
+    """Every registered family with experts in turn."""
     return families()[request.param]

@@ -101,6 +101,8 @@ def masked(model: nn.Module, geometry: Geometry, kept: Kept, constants: Constant
     with ExitStack() as stack:
         for kind, per_layer in kept.items():
             for axis, units in zip(geometry.axes[kind], per_layer, strict=True):
+                if not axis.num_units:
+                    continue
                 channels = axis.num_units * axis.reader_width
                 mask = torch.tensor([float(i // axis.reader_width in units) for i in range(channels)], dtype=dtype)
                 held = constants.get((axis.layer, kind), {})

@@ -18,6 +18,7 @@ from secateur.errors import (
     ExportError,
     FamilyError,
     PlanError,
+    ProcessError,
     RecoveryError,
     SecateurError,
     TokenizerError,
@@ -42,6 +43,8 @@ if TYPE_CHECKING:
         shrink_tokenizer,
         sweep,
     )
+    from secateur.estimate import estimate
+    from secateur.published import cus_prun_published
     from secateur.recipe import Recipe, load_recipe
 
 __version__ = "0.1.0"
@@ -53,6 +56,7 @@ __all__ = [
     "ExportError",
     "FamilyError",
     "PlanError",
+    "ProcessError",
     "Recipe",
     "RecoveryError",
     "SecateurError",
@@ -63,6 +67,8 @@ __all__ = [
     "calibrate",
     "compare",
     "count_tokens",
+    "cus_prun_published",
+    "estimate",
     "evaluate",
     "experts",
     "export",
@@ -83,6 +89,8 @@ _LAZY = {
     "calibrate": "secateur.api",
     "compare": "secateur.api",
     "count_tokens": "secateur.api",
+    "cus_prun_published": "secateur.published",
+    "estimate": "secateur.estimate",
     "evaluate": "secateur.api",
     "experts": "secateur.api",
     "export": "secateur.api",
@@ -98,7 +106,7 @@ _LAZY = {
 
 
 class _Package(ModuleType):
-    """Keeps the public functions calibrate, evaluate, export and shrink in view, where rooms have the same names.
+    """Keeps public functions (calibrate, estimate, evaluate, export, shrink) in view, where rooms have the same names.
 
     Importing ``secateur.shrink`` (the room) would otherwise put it in the place of ``secateur.shrink`` (the function).
     """

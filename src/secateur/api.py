@@ -24,6 +24,7 @@ recovered, recovery = secateur.recover(smaller, tokenizer, texts, dense=model, p
 from __future__ import annotations
 
 import copy
+import warnings
 from collections.abc import Mapping, Sequence
 from contextlib import nullcontext
 from dataclasses import dataclass, replace
@@ -56,6 +57,7 @@ from secateur.pipeline.grams import Reconstructor, Supply, judging_tokens, toget
 from secateur.pipeline.impacts import require_no_mix
 from secateur.pipeline.matrix import MatrixResult, run_matrix
 from secateur.pipeline.recovery import Teacher
+from secateur.pipeline.responses import Asking
 from secateur.pipeline.search import MEASURED
 from secateur.pipeline.speed import measure_folders
 from secateur.pipeline.sweep import SweepResult, run_sweep
@@ -90,7 +92,7 @@ from secateur.records.statistics import (
     normalised,
 )
 from secateur.records.token_counts import TokenCounts
-from secateur.records.units import SITE_KINDS, SITE_OF
+from secateur.records.units import EXPERT, FUSED_KINDS, SITE_KINDS, SITE_OF
 from secateur.recover.batch import Objective
 from secateur.recover.curve import Probe
 from secateur.recover.examples import TrainingExamples
@@ -266,7 +268,8 @@ def calibrate(
         model: a transformers causal language model.
         tokenizer: its fast tokenizer.
         text: documents or where they are, or several named buckets of them. The calibration split is used: by default
-            80 % of the documents, chosen by their hash.
+            80 % of the documents, chosen by their hash. Of a corpus spec with ``responses`` it is the model's own
+            answers to the split's prompts, written before anything else is done.
         grams: take Gram matrices too, which some methods and ``shrink(reconstruct=...)`` need: True for every kind of
             unit, or the names of those that are to be cut. They stay in memory, channels x channels x 8 bytes for every
             projection that reads the units, and are also taken of the validation split, a quarter as much text.
@@ -279,8 +282,9 @@ def calibrate(
         progress: told about finished tokens.
 
     Raises:
-        CorpusError: unreadable or too little text.
-        ConfigError: ``grams`` names a kind of unit that has none, or gradients cannot be taken of these weights.
+        CorpusError: unreadable or too little text, or prompts that the model has no answer to.
+        ConfigError: ``grams`` names a kind of unit that has none, gradients cannot be taken of these weights, or
+            prompts cannot be asked.
         FamilyError: the model type is not supported.
         CheckpointError: activations are not finite.
     """
@@ -291,11 +295,18 @@ def calibrate(
     if differentiated:
         require_differentiable(model, geometry, differentiated, "calibrate(..., gradients=True)")
     named = text if isinstance(text, Mapping) else {"domain": text}
+    asking = Asking(geometry, model.config.to_dict(), lambda: tokenizer, block_size, max_tokens)
+    for name, source in named.items():
+        if isinstance(source, CorpusSpec) and source.responses is not None:
+            asking.check(name, source)
     blocks: dict[str, PackedBlocks] = {}
     judging: dict[str, PackedBlocks] = {}
     for name, source in named.items():
         size: dict[str, Any] = {"block_size": block_size, "name": name}
-        blocks[name] = load_split(_source(source), "calibration", tokenizer, max_tokens=max_tokens, **size)
+        if isinstance(source, CorpusSpec) and source.responses is not None:
+            blocks[name] = _answered(model, asking, name, source, progress)
+        else:
+            blocks[name] = load_split(_source(source), "calibration", tokenizer, max_tokens=max_tokens, **size)
         if kinds:
             size |= {"max_tokens": judging_tokens(max_tokens, block_size)}
             fitted_to = set(blocks[name].documents.tolist())
@@ -333,9 +344,20 @@ def calibrate(
     return Statistics(*about, buckets, pipeline.versions(), matrices, slopes, needs)
 
 
+def _answered(model: Any, asking: Asking, name: str, spec: CorpusSpec, progress: Progress) -> PackedBlocks:
+    """Return what the model answers to the prompts of a corpus, and warn where that is next to nothing."""
+    with TemporaryDirectory() as folder:
+        blocks, found = asking.answer(
+            model, name, spec, asking.prompts(name, spec), file=Path(folder) / "answers.jsonl", progress=progress
+        )
+    for doubt in asking.doubts(name, found.counts()):
+        warnings.warn(doubt, stacklevel=3)
+    return blocks
+
+
 def _gram_kinds(grams: bool | str | Sequence[str], geometry: Geometry) -> list[str]:
     """Return the kinds of unit whose Gram matrices (or gradients) are asked for."""
-    known = [kind for kind in geometry.axes if not geometry.why_fixed(kind)]
+    known = [kind for kind in geometry.axes if kind not in FUSED_KINDS and not geometry.why_fixed(kind)]
     if isinstance(grams, bool):
         return known if grams else []
     kinds = [grams] if isinstance(grams, str) else list(grams)
@@ -524,6 +546,7 @@ def plan(
 def _require_no_text(spec: PruneSpec) -> None:
     """Raise ConfigError for what can only be planned by running pruned models on text."""
     asked = [f"allocation: {spec.allocation}"] if spec.allocation in MEASURED else []
+    asked += ["combine: guard"] if spec.combine == "guard" else []
     asked += ["a bound on the loss"] if spec.budget is not None and spec.budget.is_bound else []
     if asked:
         raise ConfigError(
@@ -558,7 +581,7 @@ def _score(model: Any, texts: _Texts, spec: PruneSpec, geometry: Geometry) -> Sc
         depth_options=spec.depth_options,
         impacts=texts.impacts(),
         by_bucket={name: texts.of_bucket(name) for name in [*named, *(texts.names if union else ())]},
-        combine=spec.combine,
+        combine="union" if union else "mean",
     )
 
 
@@ -591,7 +614,8 @@ def _require_taken_on(statistics: Statistics, geometry: Geometry) -> None:
     channels = {
         (axis.layer, kind): axis.num_units * axis.reader_width
         for kind in SITE_KINDS
-        for axis in geometry.axes[kind]
+        if kind != EXPERT
+        for axis in geometry.axes.get(kind, ())
         if axis.num_units
     }
     for name, bucket in statistics.buckets.items():
@@ -618,8 +642,8 @@ def shrink(model: Any, plan: Plan, *, reconstruct: Statistics | None = None) -> 
         PlanError: the plan was made for another model, or the statistics were taken on one of another size.
     """
     geometry = _geometry(model)
-    config = shrink_config(model.config.to_dict(), plan, geometry)
     reconstructor = None if reconstruct is None else _reconstructor(plan, reconstruct, geometry)
+    config = shrink_config(model.config.to_dict(), plan, geometry)
     kept = shrink_parameters(model.state_dict().items(), plan, geometry, reconstructor)
     generation = shrink_generation_config(generation_data(model), plan)
     return build_model(config, ((name, tensor.clone()) for name, tensor in kept), model, generation)

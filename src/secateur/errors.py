@@ -10,6 +10,7 @@ Every message has three parts: what is wrong, what was received, and what to do.
     |-- CheckpointError    weights that are missing, unsafe, broken, or not finite
     |-- PlanError          a budget that cannot be met, or a plan that does not fit its model
     |-- RecoveryError      a training that diverged or does not fit in memory
+    |-- ProcessError       several processes of one run, of which one failed or is gone
     |-- ExportError        an artefact that could not be written, or that reloads differently
     |   `-- VerificationError   an artefact that an engine refuses, or runs as another model; nothing to mend
     `-- UnavailableError   something from outside (a hub, a package registry) that could not be had
@@ -54,6 +55,10 @@ class PlanError(SecateurError):
 
 class RecoveryError(SecateurError):
     """A training that diverged, or that does not fit in memory."""
+
+
+class ProcessError(SecateurError):
+    """Several processes of one run, of which one failed, is gone, or does not see the same files."""
 
 
 class ExportError(SecateurError):

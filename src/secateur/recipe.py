@@ -95,11 +95,28 @@ class SplitRatios(_Record):
         return self
 
 
+class ResponsesSpec(_Record):
+    """How the dense model is asked the prompts that records make; its own answers are then learned or calibrated on."""
+
+    prompt: str
+    chat: bool = False
+    max_new_tokens: Annotated[int, Field(ge=1)] = 128
+    temperature: Annotated[float, Field(ge=0.0, allow_inf_nan=False)] = 0.0
+    batch_size: Annotated[int, Field(ge=1)] = 8
+
+
+class CorpusResponsesSpec(ResponsesSpec):
+    """Calibrate on what the dense model itself answers; text that is measured on stays as ``text`` makes it."""
+
+    seed: int = 0
+
+
 class CorpusSpec(_Record):
     """One bucket of text: where it is and how a document becomes a string.
 
     Either ``path`` (split by document hash), or explicit ``calibration`` and ``test`` paths (and optionally
-    ``validation``), or a hub data set in ``dataset``.
+    ``validation``), or a hub data set in ``dataset``. With ``responses`` a model is calibrated on its own answers to
+    the calibration split instead.
     """
 
     path: str | list[str] | None = None
@@ -113,6 +130,7 @@ class CorpusSpec(_Record):
     encoding: str = "utf-8"
     errors: Literal["strict", "replace", "ignore"] = "strict"
     splits: SplitRatios = SplitRatios()
+    responses: CorpusResponsesSpec | None = None
 
     @model_validator(mode="after")
     def _one_source(self) -> CorpusSpec:
@@ -139,6 +157,9 @@ UNIT_BUDGETS = {
     "ffn_channel": "channels",
     "gqa_group": "groups",
     "query_head": "heads",
+    "expert": "experts",
+    "expert_channel": "expert_channels",
+    "shared_channel": "shared_channels",
     "layer": "layers",
     "attention": "attention",
     "ffn": "ffn",
@@ -147,6 +168,7 @@ UNIT_BUDGETS = {
 LOSS_BOUNDS = ("max_domain_loss", "max_general_loss")
 """Budget keys that bound how much a loss may rise; the smallest model within them is looked for."""
 _BLOCK_KINDS = ("attention", "ffn", "layer")
+_FUSED_KINDS = ("expert", "expert_channel")
 
 
 class Budget(_Record):
@@ -155,6 +177,9 @@ class Budget(_Record):
     channels: Ratio | None = None
     groups: Ratio | None = None
     heads: Ratio | None = None
+    experts: Ratio | None = None
+    expert_channels: Ratio | None = None
+    shared_channels: Ratio | None = None
     layers: Ratio | None = None
     attention: Ratio | None = None
     ffn: Ratio | None = None
@@ -233,7 +258,24 @@ class SearchSpec(_Record):
     time_limit: Annotated[Annotated[float, Field(gt=0)] | None, BeforeValidator(parse_seconds)] = None
 
 
-_Unit = Literal["ffn_channel", "gqa_group", "query_head", "attention", "ffn", "layer", "vocabulary"]
+class GuardSpec(_Record):
+    """How many mixtures of the texts ``combine: guard`` tries beside the one it begins with."""
+
+    steps: Annotated[int, Field(ge=1)] = 6
+
+
+_Unit = Literal[
+    "ffn_channel",
+    "gqa_group",
+    "query_head",
+    "expert",
+    "expert_channel",
+    "shared_channel",
+    "attention",
+    "ffn",
+    "layer",
+    "vocabulary",
+]
 
 
 class PruneSpec(_Record):
@@ -256,7 +298,8 @@ class PruneSpec(_Record):
     bias_compensation: bool = False
     buckets: Annotated[list[str], Field(min_length=1)] | None = None
     mix: Annotated[dict[str, Weight], Field(min_length=1)] | None = None
-    combine: Literal["mean", "union"] = "mean"
+    combine: Literal["mean", "union", "guard"] = "mean"
+    guard: GuardSpec = GuardSpec()
     seed: int = 0
 
     @model_validator(mode="before")
@@ -290,6 +333,7 @@ class PruneSpec(_Record):
             if self.vocabulary is not None and self.vocabulary.rule():
                 raise ValueError("both the budget and the rule under vocabulary say how many token ids stay; give one")
         self._require_heads_to_fit()
+        self._require_experts_to_fit()
         self._require_blocks_to_fit()
         self._require_allocation_to_fit()
         return self
@@ -323,6 +367,28 @@ class PruneSpec(_Record):
             raise ValueError(
                 "combine: union ranks units in their layer, so it is for ffn_channel, gqa_group and query_head; units "
                 f"names {named}; use combine: mean"
+            )
+        return self
+
+    @model_validator(mode="after")
+    def _guard_of_a_size(self) -> PruneSpec:
+        """A guard moves the weights of texts at a given size, and plans many times."""
+        if self.combine != "guard":
+            return self
+        if not self.layer_kinds() or self.budget is None:
+            raise ValueError(
+                "combine: guard weighs the texts that units of layers are chosen by, and only the vocabulary is cut; "
+                "leave combine out"
+            )
+        if self.budget.is_bound:
+            raise ValueError(
+                "combine: guard looks for the best mixture at a given size, and a bound on the loss for the size; "
+                "find the size first, then give it to the guard as budget: {parameters: ...}"
+            )
+        if self.allocation in ("knapsack", "search"):
+            raise ValueError(
+                f"combine: guard plans under many mixtures, and allocation: {self.allocation} would measure all layers "
+                "again for each; choose one of them"
             )
         return self
 
@@ -370,6 +436,26 @@ class PruneSpec(_Record):
             raise ValueError(
                 f"allocation: {self.allocation} cannot weigh query_head against {' and '.join(whole)}; choose one of "
                 "them, use gqa_group, or another allocation"
+            )
+
+    def _require_experts_to_fit(self) -> None:
+        """Refuse what routed experts and their channels cannot do."""
+        fused = [kind for kind in self.layer_kinds() if kind in _FUSED_KINDS]
+        if len(fused) > 1:
+            raise ValueError(
+                "expert and expert_channel are parts of each other, so taking out both is two cuts; choose one, and "
+                "prune the result again for the other"
+            )
+        inside = [kind for kind in self.layer_kinds() if kind in (*_FUSED_KINDS, "shared_channel")]
+        if inside and self.reconstruct != "none":
+            raise ValueError(
+                f"reconstruct fits the projections of dense layers, and {inside[0]} is about experts, whose share in "
+                "the output is another for each token; leave reconstruct out"
+            )
+        if inside and self.allocation in ("knapsack", "search"):
+            raise ValueError(
+                f"allocation: {self.allocation} measures cuts of dense layers, and units names "
+                f"{', '.join(self.layer_kinds())}; use another allocation"
             )
 
     def _require_blocks_to_fit(self) -> None:
@@ -454,16 +540,6 @@ class SelectSpec(_Record):
     keep: Literal["near", "far"] = "near"
     pool: Annotated[float, Field(gt=1.0)] = 4.0
     near_duplicates: Annotated[float, Field(gt=0.0, lt=1.0)] | None = None
-
-
-class ResponsesSpec(_Record):
-    """Train on what the dense model itself answers to the domain's prompts."""
-
-    prompt: str
-    chat: bool = False
-    max_new_tokens: Annotated[int, Field(ge=1)] = 128
-    temperature: Annotated[float, Field(ge=0.0, allow_inf_nan=False)] = 0.0
-    batch_size: Annotated[int, Field(ge=1)] = 8
 
 
 class RecoverSpec(_Record):
@@ -693,6 +769,7 @@ class Recipe(_Record):
     output: str = "runs/run"
     device: str = "auto"
     dtype: Literal["auto", "float32", "bfloat16", "float16", "float64"] = "auto"
+    memory: Literal["whole", "by_layer"] = "whole"
     trust_remote_code: bool = False
 
     @field_validator("domain", mode="before")
@@ -724,12 +801,22 @@ class Recipe(_Record):
         return self
 
     @model_validator(mode="after")
-    def _union_of_texts(self) -> Recipe:
-        deciding = self.prune.buckets or list(self.domain)
-        if self.prune.combine == "union" and len(set(deciding)) < 2:
+    def _answered_by_the_dense_model(self) -> Recipe:
+        asked = [name for name, spec in self.buckets().items() if spec.responses is not None]
+        if asked and self.recover is not None and self.recover.rounds > 1:
             raise ValueError(
-                f"prune.combine: union needs two texts that decide, and there is {deciding[0]} alone; name more under "
-                "prune.buckets, or use combine: mean"
+                f"{asked[0]} is calibrated on the dense model's responses, and later rounds start from pruned models; "
+                "set recover.rounds: 1, or leave its responses out"
+            )
+        return self
+
+    @model_validator(mode="after")
+    def _union_of_texts(self) -> Recipe:
+        deciding = list(self.prune.mix or self.prune.buckets or self.domain)
+        if self.prune.combine != "mean" and len(set(deciding)) < 2:
+            raise ValueError(
+                f"prune.combine: {self.prune.combine} needs two texts that decide, and there is {deciding[0]} alone; "
+                "name more under prune.buckets, or use combine: mean"
             )
         return self
 
@@ -969,7 +1056,7 @@ def _known_keys(location: tuple[Any, ...]) -> list[str]:
     for part in location:
         if not isinstance(part, str) or part not in model.model_fields:
             continue
-        inner = _SECTIONS.get(part)
+        inner = CorpusResponsesSpec if (model, part) == (CorpusSpec, "responses") else _SECTIONS.get(part)
         if inner is not None:
             model = inner
     return list(model.model_fields)

@@ -15,7 +15,7 @@ from secateur.errors import FamilyError
 from secateur.families.geometry import build_geometry
 from secateur.families.loader import UNEVEN_PREFIX, family_of
 from secateur.families.schema import Family
-from secateur.records.units import FFN_CHANNEL, GQA_GROUP, LAYER_UNIT_KINDS, QUERY_HEAD, SITE_KINDS
+from secateur.records.units import FFN_CHANNEL, GQA_GROUP, QUERY_HEAD, REQUIRED_UNIT_KINDS, SITE_KINDS
 from secateur.stream.forward import run_logits
 from tests.blocks import lay_blocks, random_documents
 from tests.conftest import PICO_SIZES, geometry_of, pico_config, pico_model
@@ -115,7 +115,7 @@ def test_head_and_embedding_stay_as_tied_as_they_were(family: Family, tied: bool
     assert relative_difference(logits(pruned, token_ids()), expected) <= TOLERANCE[torch.float64]
 
 
-@pytest.mark.parametrize("kind", LAYER_UNIT_KINDS)
+@pytest.mark.parametrize("kind", REQUIRED_UNIT_KINDS)
 def test_removed_constants_live_on_in_the_bias(family: Family, kind: str) -> None:
     """Where the reader has a bias, a removed channel held at a constant is folded into it exactly."""
     model = pico_model(family)

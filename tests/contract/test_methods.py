@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import inspect
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from functools import cache
 from typing import Any
@@ -20,8 +21,21 @@ from secateur.records.gradients import SUMS, GradientStatistics, UnitGradients
 from secateur.records.gram import Grams
 from secateur.records.impacts import TENSORS, ImpactStatistics, UnitImpacts, judged
 from secateur.records.masks import MaskSettings, MaskStatistics
+from secateur.records.routing import EXTREMES, RoutingSums
+from secateur.records.routing import SUMS as ROUTING_SUMS
 from secateur.records.statistics import BucketStatistics, Moments, SequenceSums
-from secateur.records.units import BLOCK_KINDS, FFN_CHANNEL, GQA_GROUP, LAYER_UNIT_KINDS, QUERY_HEAD
+from secateur.records.units import (
+    BLOCK_KINDS,
+    EXPERT,
+    EXPERT_CHANNEL,
+    FFN_CHANNEL,
+    FUSED_KINDS,
+    GQA_GROUP,
+    LAYER_UNIT_KINDS,
+    QUERY_HEAD,
+    REQUIRED_UNIT_KINDS,
+    SHARED_CHANNEL,
+)
 from secateur.score import METHODS, Evidence, TextRecords, score_units
 from tests.blocks import hand_made_blocks
 from tests.conftest import geometry_of, pico_model
@@ -67,11 +81,13 @@ def text_evidence(kind: str, seed: int = 0) -> Evidence:
     if kind in BLOCK_KINDS:
         return block_evidence(kind, seed)
     generator = torch.Generator().manual_seed(seed)
-    width = 1 if kind == FFN_CHANNEL else 3
+    width = 0 if kind == EXPERT else 3 if kind in (GQA_GROUP, QUERY_HEAD) else 1
     tokens = torch.randn(40, NUM_UNITS * width, dtype=torch.float64, generator=generator)
     tokens *= torch.rand(NUM_UNITS * width, dtype=torch.float64, generator=generator) + 0.1
     weights = [torch.randn(NUM_UNITS, 5 * width, generator=generator) for _ in range(3)]
     reader = weights[-1].reshape(NUM_UNITS * width, 5).T
+    routing = made_up_routing(generator)
+    router = torch.randn(NUM_UNITS, 7, dtype=torch.float64, generator=generator)
     gram = tokens.T @ tokens / 40
     slopes = torch.randn(20, 5, dtype=torch.float64, generator=generator)
     gradients = UnitGradients(
@@ -90,7 +106,7 @@ def text_evidence(kind: str, seed: int = 0) -> Evidence:
         width=width,
         moments=Moments(40, tokens.sum(0), tokens.abs().sum(0), tokens.pow(2).sum(0)),
         sequences=SequenceSums(4, tokens.reshape(4, 10, -1).abs().mean(1).square().sum(0)),
-        linear_abs=outputs if kind == FFN_CHANNEL else [],
+        linear_abs=outputs if kind in (FFN_CHANNEL, SHARED_CHANNEL) else [],
         load_weights=lambda: weights,
         load_reader=lambda: reader,
         load_gram=lambda: gram,
@@ -98,7 +114,16 @@ def text_evidence(kind: str, seed: int = 0) -> Evidence:
         seed=7,
         load_impacts=lambda: impacts,
         load_masks=lambda: masks,
+        load_routing=lambda: routing,
+        load_router=lambda: router,
     )
+
+
+def made_up_routing(generator: torch.Generator) -> RoutingSums:
+    """Return sums over 40 tokens."""
+    fields = (*ROUTING_SUMS, *EXTREMES)
+    values = torch.rand(len(fields), NUM_UNITS, dtype=torch.float64, generator=generator) * 40
+    return RoutingSums(40, **dict(zip(fields, values, strict=True)))
 
 
 def block_evidence(kind: str, seed: int) -> Evidence:
@@ -137,6 +162,8 @@ def permuted(item: Evidence, order: Tensor) -> Evidence:
     masks = item.load_masks()[order]
     weights = [matrix[order] for matrix in item.load_weights()]
     places = channels(torch.arange(item.num_units * item.width))
+    routing = {name: getattr(item.load_routing(), name)[order] for name in (*ROUTING_SUMS, *EXTREMES)}
+    router = item.load_router()[order]
     return replace(
         item,
         moments=Moments(sums.count, channels(sums.sum), channels(sums.sum_abs), channels(sums.sum_sq)),
@@ -148,6 +175,8 @@ def permuted(item: Evidence, order: Tensor) -> Evidence:
         load_gradients=lambda: gradients,
         load_impacts=lambda: impacts,
         load_masks=lambda: masks,
+        load_routing=lambda: RoutingSums(40, **routing),
+        load_router=lambda: router,
         of_bucket=lambda name: permuted(item.of_bucket(name), order),
     )
 
@@ -158,6 +187,7 @@ def tensors(item: Evidence) -> list[Tensor]:
     loaded = [*item.load_weights(), item.load_reader(), item.load_gram(), *(getattr(gradients, n) for n in SUMS)]
     if item.kind not in BLOCK_KINDS:
         loaded += [item.load_masks(), *(getattr(item.load_impacts(), name) for name in TENSORS)]
+        loaded += [item.load_router(), *(getattr(item.load_routing(), name) for name in (*ROUTING_SUMS, *EXTREMES))]
     return [sums.sum, sums.sum_abs, sums.sum_sq, item.sequences.mean_abs_sq, *item.linear_abs, *loaded]
 
 
@@ -224,6 +254,7 @@ def test_methods_read_what_they_say_they_need(method: str, options: dict[str, An
             text,
             load_weights=watched("weights", text.load_weights),
             load_reader=watched("weights", text.load_reader),
+            load_router=watched("weights", text.load_router),
             load_gram=watched("Gram matrices", text.load_gram),
             load_gradients=watched("gradients", text.load_gradients),
             load_impacts=watched("impacts", text.load_impacts),
@@ -235,7 +266,7 @@ def test_methods_read_what_they_say_they_need(method: str, options: dict[str, An
     other = evidence(kind, seed=5)
 
     def with_other_sums(text: Evidence) -> Evidence:
-        sums = {name: getattr(other, name) for name in ("moments", "sequences", "linear_abs", "cosine")}
+        sums = {name: getattr(other, name) for name in ("moments", "sequences", "linear_abs", "cosine", "load_routing")}
         return replace(text, **sums, of_bucket=lambda name: with_other_sums(text.of_bucket(name)))
 
     if not torch.equal(score(method, with_other_sums(item), options), expected):
@@ -302,21 +333,20 @@ class Planted:
     geometry: Geometry
     statistics: BucketStatistics
     grams: Grams
-    gradients: GradientStatistics
-    impacts: ImpactStatistics
-    masks: MaskStatistics
+    gradients: GradientStatistics | None
+    impacts: ImpactStatistics | None
+    masks: MaskStatistics | None
     useful: dict[str, list[list[int]]]
 
 
 @cache
-def planted() -> Planted:
-    """Return the model with useless units.
+def planted_dense() -> Planted:
+    """Return a model with useless units.
 
     Half of the FFN channels have tiny gate and up rows; one group of three has tiny query, key and value rows.
     """
     family = families()["llama"]
     model = pico_model(family)
-    geometry = geometry_of(model, family)
     generator = torch.Generator().manual_seed(11)
     useful: dict[str, list[list[int]]] = {FFN_CHANNEL: [], GQA_GROUP: [], QUERY_HEAD: []}
     with torch.no_grad():
@@ -330,23 +360,83 @@ def planted() -> Planted:
             block.self_attn.v_proj.weight.view(3, 8, 48)[layer] *= 1e-3
             useful[GQA_GROUP].append([group for group in range(3) if group != layer])
             useful[QUERY_HEAD].append([head for head in range(6) if head // 2 != layer])
+    return seen(model, geometry_of(model, family), useful)
+
+
+@cache
+def planted_experts(kind: str) -> Planted:
+    """Return a model whose second layer has eight experts and a shared one, half the units of one kind useless.
+
+    Useless experts have tiny down projections and router rows, so that few tokens find them; useless channels have tiny
+    gate and up rows. Where channels of experts are judged, every token is sent to all experts.
+    """
+    family = families()["qwen2_moe"]
+    model = pico_model(family, **({"num_experts_per_tok": 8} if kind == EXPERT_CHANNEL else {}))
+    model.set_experts_implementation("eager")  # the other implementations know no float64
+    geometry, moe = geometry_of(model, family), model.model.layers[1].mlp
+    num = geometry.axes[kind][1].num_units
+    order = torch.randperm(num, generator=torch.Generator().manual_seed(11))
+    useless = torch.zeros(num, dtype=torch.bool)
+    useless[order[num // 2 :]] = True
+    with torch.no_grad():
+        if kind == EXPERT:
+            moe.gate.weight[useless] *= 1e-3
+            moe.experts.down_proj[useless] *= 1e-3
+        elif kind == EXPERT_CHANNEL:
+            rows = useless.reshape(8, 1, -1).expand(8, 2, -1).reshape(8, -1)
+            moe.experts.gate_up_proj[rows] *= 1e-3
+        else:
+            moe.shared_expert.gate_proj.weight[useless] *= 1e-3
+            moe.shared_expert.up_proj.weight[useless] *= 1e-3
+    return seen(model, geometry, {kind: [[], (~useless).nonzero()[:, 0].tolist()]})
+
+
+def planted(kind: str) -> Planted:
+    """Return the model with useless units of a kind."""
+    return planted_dense() if kind in REQUIRED_UNIT_KINDS else planted_experts(kind)
+
+
+def seen(model: Any, geometry: Geometry, useful: dict[str, list[list[int]]]) -> Planted:
+    """Return a model with all that a pass, or several, says of it."""
     blocks = hand_made_blocks()
-    gradients = collect_gradients(model, blocks, geometry, LAYER_UNIT_KINDS, outputs=True, sketch=True)
-    impacts = collect_impacts(model, blocks, geometry, LAYER_UNIT_KINDS)
+    kinds = [kind for kind in useful if kind not in FUSED_KINDS]
+    gradients = collect_gradients(model, blocks, geometry, kinds, outputs=True, sketch=True) if kinds else None
+    impacts = collect_impacts(model, blocks, geometry, kinds) if kinds else None
     sums, grams = collect(model, blocks, geometry), grams_of(model, blocks, geometry)
-    return Planted(model, geometry, sums, grams, gradients, impacts, masks_of(model, geometry), useful)
+    return Planted(model, geometry, sums, grams, gradients, impacts, masks_of(model, geometry, kinds), useful)
 
 
-def masks_of(model: Any, geometry: Geometry) -> MaskStatistics:
+def masks_of(model: Any, geometry: Geometry, kinds: Sequence[str]) -> MaskStatistics | None:
     """Return masks that were trained for half the units of every kind, each kind by itself."""
     settings = MaskSettings(target=0.5, steps=100, learning_rate=0.3, objective="kl")
-    trained = [learn_masks(model, hand_made_blocks(), geometry, [kind], settings) for kind in LAYER_UNIT_KINDS]
+    trained = [learn_masks(model, hand_made_blocks(), geometry, [kind], settings) for kind in kinds]
+    if not trained:
+        return None
     return replace(trained[0], units={site: values for masks in trained for site, values in masks.units.items()})
+
+
+@contextmanager
+def silenced(case: Planted, kind: str, kept: list[list[int]]) -> Iterator[None]:
+    """Make units that are not kept say nothing."""
+    if kind not in FUSED_KINDS:
+        with masked(case.model, case.geometry, {kind: kept}):
+            yield
+        return
+    down = case.model.model.layers[1].mlp.experts.down_proj  # experts, hidden, width
+    before = down.detach().clone()
+    stays = torch.zeros(case.geometry.axes[kind][1].num_units, dtype=torch.bool)
+    stays[kept[1]] = True
+    with torch.no_grad():
+        down *= stays.reshape(8, 1, -1)
+        yield
+        down.copy_(before)
 
 
 def best_units(method: str, kind: str, options: dict[str, Any], seed: int = 0) -> list[list[int]]:
     """Return, per layer, as many best-scored units of the planted model as it has useful ones."""
-    case = planted()
+    if kind == EXPERT and METHODS[method].needs == "weights":
+        pytest.skip("says which experts can stand for each other, not which are useless")
+    case = planted(kind)
     try:
         values = score_units(
             method,
@@ -374,19 +464,19 @@ def best_units(method: str, kind: str, options: dict[str, Any], seed: int = 0) -
 @every_real_case
 def test_useless_units_score_lowest(method: str, options: dict[str, Any], kind: str) -> None:
     """Real methods put every planted useless unit below every useful one."""
-    assert best_units(method, kind, options) == planted().useful[kind]
+    assert best_units(method, kind, options) == planted(kind).useful[kind]
 
 
 @every_real_case
 def test_real_methods_beat_the_random_control(method: str, options: dict[str, Any], kind: str) -> None:
     """Keeping the units a method prefers changes the logits less than keeping as many random ones, for every seed."""
-    model, geometry = planted().model, planted().geometry
+    case = planted(kind)
     token_ids = torch.arange(90).reshape(2, 45)
-    dense = logits(model, token_ids)
+    dense = logits(case.model, token_ids)
 
     def damage(kept: list[list[int]]) -> float:
-        with masked(model, geometry, {kind: kept}):
-            return float((logits(model, token_ids) - dense).norm())
+        with silenced(case, kind, kept):
+            return float((logits(case.model, token_ids) - dense).norm())
 
     chosen = damage(best_units(method, kind, options))
     randoms = [damage(best_units("random", kind, {}, seed)) for seed in range(5)]

@@ -411,7 +411,7 @@ def _family_whose_heads_are_fixed(attempt: Attempt) -> None:
     attempt.prune(budget={"groups": 0.5})
 
 
-@case("at: linear is defined for ffn_channel only", "gqa_group", "at: activation")
+@case("at: linear is defined for ffn_channel and shared_channel only", "gqa_group", "at: activation")
 def _method_option_that_does_not_fit_the_units(attempt: Attempt) -> None:
     attempt.prune(options={"at": "linear"}, budget={"groups": 0.5})
 

@@ -388,6 +388,7 @@ def test_what_judged_a_fit_is_not_measured_on(model: Any, tokenizer: Any, texts:
         ({"allocation": "knapsack", "shape": "uneven"}, "allocation: knapsack"),
         ({"allocation": "search"}, "allocation: search"),
         ({"budget": {"max_domain_loss": 0.1}}, "a bound on the loss"),
+        ({"combine": "guard"}, "combine: guard"),
     ],
 )
 def test_what_is_measured_on_text_cannot_be_planned_from_statistics(

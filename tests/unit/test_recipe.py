@@ -218,10 +218,26 @@ def test_unknown_keys_are_refused_with_the_nearest_one(
         ({"prune": {"budget": {"bytes": "12 apples"}}}, "prune.budget.bytes: cannot read '12 apples' as a size"),
         ({"prune": {"budget": {"bytes": "1.2.3MB"}}}, "prune.budget.bytes: cannot read '1.2.3MB' as a size"),
         ({"prune": {"budget": {"bytes": 0}}}, "prune.budget.bytes: input should be greater than 0 (got 0)"),
-        ({"prune": {"budget": {}}}, "or one or more of channels, groups, heads, layers, attention, ffn"),
+        (
+            {"prune": {"budget": {}}},
+            "or one or more of channels, groups, heads, experts, expert_channels, shared_chann",
+        ),
         ({"prune": {"budget": {"parameters": 0.1, "bytes": 5}}}, "; got bytes, parameters"),
         ({"prune": {"units": []}}, "prune: units is an empty list; name at least one"),
-        ({"prune": {"units": ["expert"]}}, "'attention', 'ffn', 'layer' or 'vocabulary' (got 'expert')"),
+        ({"prune": {"units": ["neuron"]}}, "'attention', 'ffn', 'layer' or 'vocabulary' (got 'neuron')"),
+        ({"prune": {"units": ["expert"]}}, "prune: the budget is in ffn_channel but units names expert"),
+        (
+            {"prune": {"units": ["expert", "expert_channel"], "budget": {"parameters": 0.1}}},
+            "prune: expert and expert_channel are parts of each other, so taking out both is two cuts",
+        ),
+        (
+            {"prune": {"budget": {"experts": 0.5}, "reconstruct": "dense"}},
+            "prune: reconstruct fits the projections of dense layers, and expert is about experts",
+        ),
+        (
+            {"prune": {"units": ["shared_channel"], "budget": {"parameters": 0.1}, "allocation": "search"}},
+            "prune: allocation: search measures cuts of dense layers, and units names shared_channel",
+        ),
         (
             {"prune": {"units": ["layer"]}},
             "units names layer and there is no budget; give one, for example {layers: 0.2}",

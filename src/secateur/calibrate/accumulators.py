@@ -20,7 +20,8 @@ from secateur.calibrate.precision import exact_float32
 from secateur.records.statistics import Moments, SequenceSums
 
 
-def _wide(values: Tensor) -> Tensor:
+def widened(values: Tensor) -> Tensor:
+    """Return values in the dtype to sum in: float32 for half precision, else their own."""
     return values if values.dtype in (torch.float32, torch.float64) else values.float()
 
 
@@ -55,7 +56,7 @@ class Scratch:
 
 def sum_abs(values: Float[Tensor, "tokens channels"], scratch: Scratch) -> Float64[Tensor, " channels"]:
     """Return the sum over tokens of |x|."""
-    parts = [torch.abs(rows, out=scratch.like(rows)).sum(0).double() for rows in _cached_rows(_wide(values))]
+    parts = [torch.abs(rows, out=scratch.like(rows)).sum(0).double() for rows in _cached_rows(widened(values))]
     return parts[0] if len(parts) == 1 else torch.stack(parts).sum(0)
 
 
@@ -73,7 +74,7 @@ def cosine_sums(
         scratch: for products.
         epsilon: vectors shorter than this count as that long.
     """
-    wide = [_wide(values) for values in streams]
+    wide = [widened(values) for values in streams]
     lengths = [torch.linalg.vector_norm(values, dim=-1).clamp_min(epsilon) for values in wide]
     sums = {}
     for name, (first, second) in pairs.items():
@@ -101,7 +102,7 @@ class MomentSums:
 
     def update(self, values: Float[Tensor, "tokens channels"], scratch: Scratch) -> None:
         """Add the real tokens of one sequence; one without any adds nothing."""
-        batch = reduce(add, (_moments(rows, scratch) for rows in _cached_rows(_wide(values))))
+        batch = reduce(add, (_moments(rows, scratch) for rows in _cached_rows(widened(values))))
         self._total = batch if self._total is None else self._total + batch
         mean = batch.sum_abs / max(batch.count, 1)
         sequence = SequenceSums(count=min(batch.count, 1), mean_abs_sq=mean.square_())
@@ -139,7 +140,7 @@ class GramSum:
 
     def update(self, values: Float[Tensor, "tokens channels"]) -> None:
         """Add real tokens; many at a time are cheaper than few."""
-        values = _wide(values)
+        values = widened(values)
         if not self._panels:
             self._panels = _empty_panels(values)
         with exact_float32():

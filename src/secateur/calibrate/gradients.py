@@ -18,6 +18,7 @@ import torch
 from jaxtyping import Float, Float64
 from torch import Tensor, nn
 
+from secateur.calibrate.one_pass import require_linear
 from secateur.calibrate.precision import exact_float32
 from secateur.errors import CheckpointError, ConfigError, CorpusError
 from secateur.families.geometry import Geometry, Segment, UnitAxis
@@ -313,11 +314,13 @@ def collect_gradients(
 
     Raises:
         ConfigError: weights are quantised or in float16.
-        FamilyError: the family cannot cut one of the kinds, so that no weights belong to its units.
+        FamilyError: the family cannot cut one of the kinds, so that no weights belong to its units, or no linear layer
+            reads them.
         CheckpointError: gradients are not finite; the layer is named.
         CorpusError: no token of the text is predicted.
     """
     geometry.require_cuttable(kinds)
+    require_linear(kinds, "gradients")
     require_differentiable(model, geometry, kinds, who)
     sums = _GradientSums(geometry, kinds, outputs=outputs, sketch=sketch)
     limit = blocks.num_tokens if max_tokens is None else min(max_tokens, blocks.num_tokens)

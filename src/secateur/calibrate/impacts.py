@@ -31,7 +31,7 @@ import torch
 from jaxtyping import Float, Float64
 from torch import Tensor, nn
 
-from secateur.calibrate.one_pass import RealTokens, Taps, not_finite, run_pass
+from secateur.calibrate.one_pass import RealTokens, Taps, not_finite, require_linear, run_pass
 from secateur.calibrate.precision import exact_float32
 from secateur.calibrate.taps import OnPair, OnTensor
 from secateur.errors import ConfigError, FamilyError
@@ -140,7 +140,8 @@ class ImpactListener:
         who: who needs impacts, for messages.
 
     Raises:
-        FamilyError: the family cannot cut one of the kinds, or a norm after a sub-layer is of an unknown form.
+        FamilyError: the family cannot cut one of the kinds, no linear layer reads it, or a norm after a sub-layer is of
+            an unknown form.
         ConfigError: the weights are quantised.
     """
 
@@ -153,6 +154,7 @@ class ImpactListener:
         who: str = "the impact on documents",
     ) -> None:
         geometry.require_cuttable(kinds)
+        require_linear(kinds, "impacts")
         self._places = {
             (axis.layer, kind): _place(model, geometry, axis, who)
             for kind in kinds
@@ -324,7 +326,8 @@ def collect_impacts(
 
     Raises:
         CheckpointError: activations are not finite; the place is named.
-        FamilyError: the family cannot cut one of the kinds, or a norm after a sub-layer is of an unknown form.
+        FamilyError: the family cannot cut one of the kinds, no linear layer reads it, or a norm after a sub-layer is of
+            an unknown form.
         ConfigError: the weights are quantised.
     """
     listener = ImpactListener(model, blocks, geometry, kinds, who)

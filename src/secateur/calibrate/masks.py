@@ -32,6 +32,7 @@ from jaxtyping import Float
 from torch import Tensor, nn
 
 from secateur.calibrate.gradients import block_loss, differentiated, require_differentiable
+from secateur.calibrate.one_pass import require_linear
 from secateur.errors import CheckpointError, ConfigError, CorpusError
 from secateur.families.geometry import Geometry, UnitAxis
 from secateur.progress import Progress, silent
@@ -178,11 +179,12 @@ def learn_masks(
 
     Raises:
         ConfigError: weights are quantised or in float16, or the kinds are parts of each other.
-        FamilyError: the family cannot cut one of the kinds.
+        FamilyError: the family cannot cut one of the kinds, or no linear layer reads it.
         CheckpointError: the objective is not finite.
         CorpusError: no token of the text is predicted.
     """
     geometry.require_cuttable(kinds)
+    require_linear(kinds, "masks")
     require_differentiable(model, geometry, kinds, who)
     axes = [axis for kind in kinds for axis in geometry.axes[kind] if axis.num_units]
     _require_apart(axes, who)

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Collection, Iterator, Mapping, Sequence
 from contextlib import ExitStack
 from dataclasses import dataclass, field
 from itertools import pairwise
@@ -13,11 +13,12 @@ import torch
 from jaxtyping import Bool, Float, Int64
 from torch import Tensor
 
-from secateur.calibrate.taps import OnPair, OnTensor, tapped
-from secateur.errors import CheckpointError
+from secateur.calibrate.taps import Instead, OnPair, OnTensor, tapped
+from secateur.errors import CheckpointError, FamilyError
 from secateur.families.geometry import Geometry
 from secateur.progress import Progress
 from secateur.records.blocks import BlockBatch, TokenBlocks
+from secateur.records.units import FUSED_KINDS
 from secateur.stream.forward import run_backbone
 
 
@@ -30,13 +31,19 @@ class RealTokens:
     """
 
     def __init__(self, valid: Bool[Tensor, "batch seq"], document: Int64[Tensor, "batch seq"] | None = None) -> None:
-        counts = [int(row.sum()) for row in valid]
+        self._valid = valid
+        self.counts = counts = [int(row.sum()) for row in valid]
+        """How many each block has."""
         self._blocks = [slice(n) if bool(row[:n].all()) else row for row, n in zip(valid, counts, strict=True)]
         edges = torch.nn.functional.pad(valid.flatten(), (1, 1)).int().diff()
         self._runs = [
             slice(*ends) for ends in zip(*((edges == e).nonzero()[:, 0].tolist() for e in (1, -1)), strict=True)
         ]
         self._documents = [] if document is None else _document_runs(document.where(valid, -1))
+
+    def real(self, device: torch.device) -> Bool[Tensor, "batch seq"]:
+        """Return which tokens are real, on a device."""
+        return self._valid.to(device)
 
     def by_block(self, values: Float[Tensor, "... channels"]) -> Iterator[Float[Tensor, "tokens channels"]]:
         """Yield the real tokens of each block: pieces small enough to stay near the processor."""
@@ -73,6 +80,7 @@ class Taps:
     inputs: Mapping[str, OnTensor] = field(default_factory=dict)
     outputs: Mapping[str, OnTensor] = field(default_factory=dict)
     through: Mapping[str, OnPair] = field(default_factory=dict)
+    instead: Mapping[str, Instead] = field(default_factory=dict)
 
 
 @runtime_checkable
@@ -111,7 +119,9 @@ def run_pass(
         task = stack.enter_context(progress(label, blocks.num_tokens, "tokens"))
         for listener in listeners:
             taps = listener.taps()
-            stack.enter_context(tapped(model, inputs=taps.inputs, outputs=taps.outputs, through=taps.through))
+            stack.enter_context(
+                tapped(model, inputs=taps.inputs, outputs=taps.outputs, through=taps.through, instead=taps.instead)
+            )
         for batch in blocks.batches(batch_size):
             tokens = RealTokens(batch.valid, batch.document)
             for listener in listeners:
@@ -121,6 +131,16 @@ def run_pass(
                 listener.end_batch(batch)
             task.advance(batch.num_tokens)
     return time.perf_counter() - started
+
+
+def require_linear(kinds: Collection[str], what: str) -> None:
+    """Raise FamilyError for a unit kind that no linear layer reads; ``what`` needs one."""
+    for kind in FUSED_KINDS:
+        if kind in kinds:
+            raise FamilyError(
+                f"{what} are taken at the linear layer that reads the units, and {kind}s have none: all experts of a "
+                "layer share their tensors. Leave them out, or use a method that reads statistics or weights alone."
+            )
 
 
 def not_finite(place: str) -> CheckpointError:

@@ -55,6 +55,11 @@ class ResidualSums:
     def end_batch(self, batch: BlockBatch) -> None:
         """Do nothing: whoever reads the sums asks whether they are finite."""
 
+    @property
+    def enters_ffn(self) -> Tensor | None:
+        """The stream that enters the feed-forward sub-layer that is running; None outside of one."""
+        return self._enters_ffn
+
     def _enter_ffn(self, stream: Tensor) -> None:
         if self._enters_ffn is None:
             self._enters_ffn = stream

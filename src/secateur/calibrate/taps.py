@@ -4,12 +4,16 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import ExitStack, contextmanager
+from functools import partial
+from types import MappingProxyType
 from typing import Any
 
 from torch import Tensor, nn
 
 OnTensor = Callable[[Tensor], None]
 OnPair = Callable[[Tensor, Tensor], None]
+Instead = Callable[..., Tensor]
+"""(module, its positional arguments...) -> its output."""
 
 
 def _first_tensor(args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> Tensor:
@@ -25,6 +29,7 @@ def tapped(
     inputs: Mapping[str, OnTensor],
     outputs: Mapping[str, OnTensor],
     through: Mapping[str, OnPair],
+    instead: Mapping[str, Instead] = MappingProxyType({}),
 ) -> Iterator[None]:
     """Call the given functions whenever the named modules run, for as long as the context lasts.
 
@@ -33,6 +38,7 @@ def tapped(
         inputs: module name -> function of its first input.
         outputs: module name -> function of its output.
         through: module name -> function of its first input and its (first) output.
+        instead: module name -> what runs in place of its own forward; hooks run as ever.
     """
     with ExitStack() as stack:
         for name, on_input in inputs.items():
@@ -41,7 +47,22 @@ def tapped(
             stack.callback(_hook_output(model.get_submodule(name), on_output).remove)
         for name, on_pair in through.items():
             stack.callback(_hook_through(model.get_submodule(name), on_pair).remove)
+        for name, forward in instead.items():
+            stack.enter_context(_forward_replaced(model.get_submodule(name), forward))
         yield
+
+
+@contextmanager
+def _forward_replaced(module: nn.Module, forward: Instead) -> Iterator[None]:
+    own = module.__dict__.get("forward")  # whoever moves weights about puts one there
+    module.forward = partial(forward, module)
+    try:
+        yield
+    finally:
+        if own is None:
+            del module.forward
+        else:
+            module.forward = own
 
 
 def _hook_input(module: nn.Module, call: OnTensor) -> Any:

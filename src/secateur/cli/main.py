@@ -18,6 +18,7 @@ from secateur.registry import unknown_name
 
 COMMANDS = {
     "run": "Do the whole job of a recipe: calibrate, plan, shrink, recover, evaluate, export.",
+    "estimate": "Predict time, memory and disk of a run, and what to change where it does not fit.",
     "calibrate": "Run the recipe's text through the dense model and keep the statistics.",
     "plan": "Decide what stays, and show it as a table before anything is cut.",
     "shrink": "Cut the model, save it, reload it and compare.",

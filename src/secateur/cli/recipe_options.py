@@ -83,10 +83,14 @@ def run_stages(recipe: Any, until: Stage, *, as_json: bool, quiet: bool) -> RunR
     """Run a recipe that is already read."""
     from secateur import pipeline
     from secateur.cli.console import progress_for, quiet_libraries
+    from secateur.pipeline import processes
 
     quiet_libraries()
-    with progress_for(as_json, quiet) as progress:
-        return pipeline.run(recipe, until=until, progress=progress)
+    with progress_for(as_json, quiet or not processes.is_main()) as progress:
+        result = pipeline.run(recipe, until=until, progress=progress)
+    if not processes.is_main():
+        click.get_current_context().exit()  # the main process says what was made
+    return result
 
 
 def describe_result(result: RunResult) -> dict[str, Any]:

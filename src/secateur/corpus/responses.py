@@ -1,4 +1,4 @@
-"""A model's answers as packed token blocks in which only the answers are learned, and under another vocabulary."""
+"""A model's answers as packed token blocks in which only the answers are predicted, and under another vocabulary."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ import torch
 from jaxtyping import Int64
 from torch import Tensor
 
-from secateur.corpus.packing import PackedBlocks, Piece, digest_pieces, place_pieces
+from secateur.corpus.packing import PackedBlocks, Piece, digest_pieces, place_pieces, restrict
 from secateur.corpus.split import Split
 from secateur.corpus.tokenizing import leading_special_ids, require_fast, tokenize
 from secateur.errors import CorpusError
@@ -72,6 +72,50 @@ def response_blocks(
         blocks=[[pieces[piece] for piece in block] for block in placed],
     )
     return blocks, len(responses) - len(pieces)
+
+
+def responses_split(
+    responses: Sequence[Response],
+    documents: Sequence[int],
+    *,
+    block_size: int,
+    max_tokens: int | None,
+    name: str,
+    where: str,
+) -> PackedBlocks:
+    """Return the answers, with their prompts, as the calibration split of a corpus.
+
+    Prompt and answer are one piece, and the answer is what is predicted of it. Pieces are taken whole, in the order of
+    the answers, for as long as they have no more tokens than allowed.
+
+    Args:
+        responses: the answers, in the order of their documents' hashes.
+        documents: hashes of the documents that the prompts are of, by ``Response.index``.
+        block_size: tokens per block.
+        max_tokens: most tokens to take; None for all.
+        name: of the corpus.
+        where: the recipe's key for how the prompts were asked, for messages.
+
+    Raises:
+        CorpusError: there is less than a block of answers, or less than a block is asked for.
+    """
+    require_block(max_tokens, block_size)
+    blocks, _ = response_blocks(responses, documents, block_size=block_size, name=name)
+    if blocks.num_tokens < block_size:
+        raise CorpusError(
+            f"corpus {name!r}: {len(responses)} prompts and their answers have {blocks.num_tokens} tokens; one block "
+            f"needs {block_size}: give more records, raise {where}.max_new_tokens or lower calibrate.block_size."
+        )
+    return restrict(blocks, range(blocks.num_documents), max_tokens)
+
+
+def require_block(max_tokens: int | None, block_size: int) -> None:
+    """Raise CorpusError if fewer tokens are asked for than a block has."""
+    if max_tokens is not None and max_tokens < block_size:
+        raise CorpusError(
+            f"max_tokens {max_tokens} is less than one block of {block_size} tokens: raise calibrate.max_tokens or "
+            "lower calibrate.block_size."
+        )
 
 
 def renumber_responses(

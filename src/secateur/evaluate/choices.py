@@ -27,6 +27,7 @@ from secateur.progress import Progress, silent
 from secateur.records.blocks import BlockBatch
 from secateur.records.choice_blocks import ChoiceBlocks
 from secateur.records.choices import ChoicesScore, mean_estimate
+from secateur.records.ranks import ALONE, Ranks
 from secateur.stream.forward import blocked_where, model_inputs
 
 
@@ -38,6 +39,7 @@ def evaluate_choices(
     batch_size: int = 4,
     progress: Progress = silent,
     label: str = "evaluate",
+    ranks: Ranks = ALONE,
 ) -> ChoicesScore:
     """Return how well ``model`` answers the questions in ``blocks``.
 
@@ -48,6 +50,7 @@ def evaluate_choices(
         batch_size: blocks per forward pass.
         progress: told about finished tokens.
         label: name of the work for ``progress``.
+        ranks: the processes that share the work; all of them return the same.
 
     Raises:
         CheckpointError: a log-likelihood is not finite.
@@ -63,7 +66,9 @@ def evaluate_choices(
             return list(nll)
         return [*(nll * _is_choice(batch, blocks.choice_starts).to(nll.device)), *nll]
 
-    found = score_losses(losses, blocks, batch_size=batch_size, num_excluded=0, progress=progress, label=label)
+    found = score_losses(
+        losses, blocks, batch_size=batch_size, num_excluded=0, progress=progress, label=label, ranks=ranks
+    )
     nll = [score.document_nll for score in found]
     counts, num_endings = found[0].document_tokens, blocks.last_ids.shape[1]
     return score_answers(

@@ -11,6 +11,9 @@ from __future__ import annotations
 import math
 import time
 from collections.abc import Callable, Sequence
+from functools import reduce
+from itertools import islice
+from operator import add
 from typing import Any
 
 import torch
@@ -22,6 +25,7 @@ from secateur.families.schema import Family
 from secateur.progress import Progress, silent
 from secateur.records.blocks import BlockBatch, TokenBlocks
 from secateur.records.evaluation import TextScore, ratio_estimate
+from secateur.records.ranks import ALONE, Ranks
 from secateur.stream.forward import run_logits
 
 _ROWS_AT_ONCE = 32
@@ -86,6 +90,7 @@ def evaluate_text(
     num_excluded: int = 0,
     progress: Progress = silent,
     label: str = "evaluate",
+    ranks: Ranks = ALONE,
 ) -> TextScore:
     """Return how well ``model`` predicts ``blocks``.
 
@@ -97,6 +102,7 @@ def evaluate_text(
         num_excluded: documents that were left out because they had been calibrated on, for the record.
         progress: told about finished tokens.
         label: name of the work for ``progress``.
+        ranks: the processes that share the work; all of them return the same.
 
     Raises:
         CheckpointError: the loss of a batch is not finite.
@@ -109,7 +115,7 @@ def evaluate_text(
         return [token_nll(logits, batch.input_ids.to(logits.device), batch.predicted.to(logits.device))]
 
     (score,) = score_losses(
-        losses, blocks, batch_size=batch_size, num_excluded=num_excluded, progress=progress, label=label
+        losses, blocks, batch_size=batch_size, num_excluded=num_excluded, progress=progress, label=label, ranks=ranks
     )
     return score
 
@@ -122,8 +128,11 @@ def score_losses(
     num_excluded: int,
     progress: Progress,
     label: str,
+    ranks: Ranks = ALONE,
 ) -> list[TextScore]:
     """Return a score of ``blocks`` for each kind of loss; a document counts if any of its bytes are predicted.
+
+    Of several processes, process r runs the batches r, r + n, r + 2n ... of n processes.
 
     Args:
         losses: given a batch, the nats of its predicted tokens in row order, one tensor for each kind of loss.
@@ -132,6 +141,8 @@ def score_losses(
         num_excluded: documents that were left out, for the record.
         progress: told about finished tokens.
         label: name of the work for ``progress``.
+        ranks: the processes that share the work; all of them return the same. Batches are smaller where there would
+            be fewer than processes.
 
     Raises:
         CheckpointError: a loss is not finite.
@@ -141,9 +152,11 @@ def score_losses(
     sums: list[Tensor] = []
     tokens = torch.zeros(num_documents, dtype=torch.int64)
     sizes = [0] * num_documents
+    world_size = ranks.world_size
+    size = max(1, min(batch_size, blocks.num_blocks // world_size))
     started = time.perf_counter()
-    with torch.inference_mode(), progress(label, blocks.num_tokens, "tokens") as task:
-        for batch in blocks.batches(batch_size):
+    with torch.inference_mode(), progress(label, blocks.num_tokens // world_size, "tokens") as task:
+        for batch in islice(blocks.batches(size), ranks.rank, None, world_size):
             owners = batch.document[batch.predicted]
             tokens.index_add_(0, owners, torch.ones_like(owners))
             found = torch.stack([values.double().cpu() for values in losses(batch)])
@@ -155,6 +168,7 @@ def score_losses(
             for document, num_bytes in batch.piece_bytes:
                 sizes[document] += num_bytes
             task.advance(batch.num_tokens)
+    sums, tokens, sizes = _together(ranks.exchange((sums, tokens, sizes)))
     seconds = time.perf_counter() - started
     measured = [i for i, count in enumerate(tokens.tolist()) if count and sizes[i]]
     if not measured:
@@ -170,6 +184,19 @@ def score_losses(
         )
         for total in sums
     ]
+
+
+_Shares = tuple[list[Tensor], Tensor, list[int]]
+
+
+def _together(shares: Sequence[_Shares]) -> _Shares:
+    """Return what all processes summed, per document; one that had no batch knows no kind of loss."""
+    sums = [list(kinds) for kinds, _, _ in shares if kinds]
+    return (
+        [reduce(add, found) for found in zip(*sums, strict=True)],
+        reduce(add, [tokens for _, tokens, _ in shares]),
+        [sum(found) for found in zip(*(sizes for _, _, sizes in shares), strict=True)],
+    )
 
 
 def _text_score(

@@ -20,6 +20,7 @@ from secateur.families.schema import Family
 from secateur.progress import Progress, silent
 from secateur.records.blocks import BlockBatch, TokenBlocks
 from secateur.records.evaluation import TextScore
+from secateur.records.ranks import ALONE, Ranks
 from secateur.stream.forward import run_logits
 
 
@@ -33,6 +34,7 @@ def evaluate_resegmented(
     num_excluded: int = 0,
     progress: Progress = silent,
     label: str = "evaluate",
+    ranks: Ranks = ALONE,
 ) -> tuple[TextScore, TextScore]:
     """Return how well the dense model predicts resegmented text: among all token ids, and among the kept ones only.
 
@@ -45,6 +47,7 @@ def evaluate_resegmented(
         num_excluded: documents that were left out because they had been calibrated on, for the record.
         progress: told about finished tokens.
         label: name of the work for ``progress``.
+        ranks: the processes that share the work; all of them return the same.
 
     Raises:
         CheckpointError: the loss of a batch is not finite.
@@ -59,6 +62,6 @@ def evaluate_resegmented(
         return [token_nll(logits, ids, wanted), token_nll(logits, ids, wanted, keep.to(logits.device))]
 
     full, restricted = score_losses(
-        losses, blocks, batch_size=batch_size, num_excluded=num_excluded, progress=progress, label=label
+        losses, blocks, batch_size=batch_size, num_excluded=num_excluded, progress=progress, label=label, ranks=ranks
     )
     return full, restricted

@@ -26,7 +26,7 @@ import torch
 from torch import Tensor, nn
 
 from secateur.errors import ExportError, UnavailableError
-from secateur.families.loader import dense_model_type, is_supported
+from secateur.families.loader import dense_model_type, family_of, is_supported
 from secateur.store.artifacts import atomic_folder, disk_errors
 from secateur.store.checkpoints import copy_side_files, load_model, load_tokenizer, resolve_model
 from secateur.store.tokenizers import PROBES, encode, save_tokenizer
@@ -83,12 +83,18 @@ def plan_onnx(config: Mapping[str, Any], shapes: Shapes) -> None:
         shapes: the shape of every stored parameter.
 
     Raises:
-        ExportError: its family is not known, it holds no weights, or its positions depend on the length of the text.
+        ExportError: its family is not known, it holds no weights, or what it computes depends on the text: its
+            positions on the length, or the experts of each token.
     """
     model_type = str(config.get("model_type"))
     if not is_supported(model_type):
         raise ExportError(
             f"models of type {dense_model_type(model_type)!r} cannot be written as ONNX. Use the Hugging Face folder."
+        )
+    if family_of(model_type).experts is not None:
+        raise ExportError(
+            f"models of type {dense_model_type(model_type)!r} send each token to experts of its own, and an ONNX graph "
+            "would keep the way of one text without a word. Use the Hugging Face folder."
         )
     if not shapes:
         raise ExportError("this model has no parameters to export. Export the model folder again.")

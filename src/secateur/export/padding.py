@@ -159,6 +159,11 @@ def plan_padding(config: Mapping[str, Any], *, multiple: int = 1, uniform: bool 
             f"padding to a multiple of {multiple} changes nothing. Give multiple=2 or more, or uniform=True."
         )
     geometry = build_geometry(family_of(str(config["model_type"])), config)
+    if geometry.experts:
+        raise ExportError(
+            f"layers of a {geometry.family.name} model have experts, and these cannot be filled up with zeros: a "
+            "router would choose empty ones. Use shape: uniform, which keeps as many in every layer."
+        )
     before = [{kind: geometry.axes[kind][layer].num_units for kind in _KINDS} for layer in range(geometry.num_layers)]
     notes: list[str] = []
     if uniform:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Collection
+from collections.abc import Collection, Mapping
 from functools import cached_property
 from pathlib import Path
 from typing import Any
@@ -17,6 +17,7 @@ from secateur.calibrate import (
     collect_with_grams,
     learn_masks,
 )
+from secateur.corpus import PackedBlocks
 from secateur.corpus.split import Split, assign_split
 from secateur.pipeline.gradients import GradientStage
 from secateur.pipeline.grams import GramStage, Supply
@@ -25,9 +26,11 @@ from secateur.pipeline.inputs import Inputs
 from secateur.pipeline.masks import MaskStage
 from secateur.pipeline.result import versions
 from secateur.pipeline.search import MEASURED
+from secateur.pipeline.sharding import Collected, Order, Passes, first_blocks
 from secateur.pipeline.texts import Texts
 from secateur.records.gradients import GradientStatistics
 from secateur.records.gram import GramsInMemory
+from secateur.records.impacts import ImpactStatistics
 from secateur.records.masks import MaskSettings, MaskStatistics
 from secateur.records.statistics import BucketStatistics, merge_buckets, mix_buckets
 from secateur.score import METHODS, TextRecords
@@ -53,6 +56,7 @@ class Calibration(Inputs):
             self._seen_documents,
             self.vocabulary is not None,
             self.progress,
+            self.responses,
         )
 
     def _learned_documents(self, name: str) -> Collection[int]:
@@ -84,6 +88,8 @@ class Calibration(Inputs):
         )
 
     def _calibration_documents(self, name: str) -> Collection[int]:
+        if self.responses.has(name):
+            return self.responses.documents(name)
         if name in self.result.statistics:
             return set(self.result.statistics[name].documents.tolist())
         if self._is_calibrated(name):
@@ -104,20 +110,14 @@ class Calibration(Inputs):
             facts={"model_fingerprint": self.model_fingerprint},
             key=self._calibration_key,
             collect=self._collect_grams,
-            mix=prune.mix,
+            mix=self.mix,
             references=self.reference_buckets if METHODS[prune.method].contrast else [],
         )
 
     def _collect_grams(self, name: str, split: Split) -> GramsInMemory:
-        return collect_grams(
-            self.dense,
-            self.texts.split(name, split),
-            self.checkpoint.geometry,
-            self.grams.kinds,
-            batch_size=self.recipe.calibrate.batch_size,
-            progress=self.progress,
-            label=f"Gram matrices of {name} ({split})",
-        )
+        found = self.passes.collect(Order("grams", name, split)).grams
+        assert found is not None, "the pass takes them"
+        return found
 
     @cached_property
     def gradients(self) -> GradientStage:
@@ -132,31 +132,21 @@ class Calibration(Inputs):
             facts={"model_fingerprint": self.model_fingerprint},
             key=self._calibration_key,
             collect=self._collect_gradients,
-            mix=prune.mix,
+            mix=self.mix,
             references=self.reference_buckets if METHODS[prune.method].contrast else [],
             sketch=METHODS[prune.method].reads_gradient_sketches(prune.options),
         )
 
     def _collect_gradients(self, name: str) -> GradientStatistics:
-        return collect_gradients(
-            self.dense,
-            self.texts.split(name, "calibration"),
-            self.checkpoint.geometry,
-            self.gradients.kinds,
-            max_tokens=self.gradients.max_tokens,
-            outputs=self.gradients.outputs,
-            sketch=self.gradients.sketch,
-            progress=self.progress,
-            label=f"gradients on {name}",
-            who=f"method {self.recipe.prune.method}",
-        )
+        found = self.passes.collect(Order("gradients", name)).gradients
+        assert found is not None, "the pass takes them"
+        return found
 
     @cached_property
     def impacts(self) -> ImpactStage:
         """What single documents say, as a part of the run; it does nothing where the method does without."""
         prune = self.recipe.prune
         kinds = prune.width_kinds() if METHODS[prune.method].reads_impacts(prune.options) else []
-        geometry, who = self.checkpoint.geometry, f"method {prune.method}"
         return ImpactStage(
             kinds=kinds,
             buckets=self.pruning_buckets,
@@ -164,18 +154,13 @@ class Calibration(Inputs):
             folder=self.folder,
             facts={"model_fingerprint": self.model_fingerprint},
             key=self._calibration_key,
-            listen=lambda name: ImpactListener(self.dense, self.texts.split(name, "calibration"), geometry, kinds, who),
-            collect=lambda name: collect_impacts(
-                self.dense,
-                self.texts.split(name, "calibration"),
-                geometry,
-                kinds,
-                batch_size=self.recipe.calibrate.batch_size,
-                progress=self.progress,
-                label=f"impact on documents of {name}",
-                who=who,
-            ),
+            collect=self._collect_impacts,
         )
+
+    def _collect_impacts(self, name: str) -> ImpactStatistics:
+        found = self.passes.collect(Order("impacts", name)).impacts
+        assert found is not None, "the pass takes them"
+        return found
 
     @cached_property
     def masks(self) -> MaskStage:
@@ -192,7 +177,7 @@ class Calibration(Inputs):
             facts={"model_fingerprint": self.model_fingerprint},
             key=self._calibration_key,
             learn=self._learn_masks,
-            mix=prune.mix,
+            mix=self.mix,
         )
 
     def _learn_masks(self, name: str, settings: MaskSettings) -> MaskStatistics:
@@ -220,6 +205,50 @@ class Calibration(Inputs):
             self.masks.load_bucket(name),
         )
 
+    @property
+    def passes(self) -> Passes:
+        """The passes through the dense model, by this process or by all."""
+        return Passes(self._run_pass, self._pass_text, self.folder.path, self.ranks)
+
+    def _pass_text(self, order: Order) -> PackedBlocks:
+        if self.folder.read_only:
+            self.folder.look_again()  # the text may be what the model answered in process 0
+        blocks = self.texts.split(order.bucket, order.split)
+        return first_blocks(blocks, self.gradients.max_tokens) if order.work == "gradients" else blocks
+
+    def _run_pass(self, order: Order, blocks: PackedBlocks) -> Collected:
+        """Run blocks through the dense model for what is ordered."""
+        name, geometry, who = order.bucket, self.checkpoint.geometry, f"method {self.recipe.prune.method}"
+        options: dict[str, Any] = {"batch_size": self.recipe.calibrate.batch_size, "progress": self.progress}
+        if order.work == "gradients":
+            return Collected(
+                gradients=collect_gradients(
+                    self.dense,
+                    blocks,
+                    geometry,
+                    self.gradients.kinds,
+                    outputs=self.gradients.outputs,
+                    sketch=self.gradients.sketch,
+                    progress=self.progress,
+                    label=f"gradients on {name}",
+                    who=who,
+                )
+            )
+        if order.work == "impacts":
+            options |= {"label": f"impact on documents of {name}", "who": who}
+            return Collected(impacts=collect_impacts(self.dense, blocks, geometry, self.impacts.kinds, **options))
+        if order.work == "grams":
+            options["label"] = f"Gram matrices of {name} ({order.split})"
+            return Collected(grams=collect_grams(self.runnable, blocks, geometry, self.grams.kinds, **options))
+        kinds = self.impacts.kinds
+        also = [ImpactListener(self.dense, blocks, geometry, kinds, who)] if order.impacts else []
+        options |= {"label": f"calibrate on {name}", "also": also}
+        if order.grams:  # both in one pass
+            statistics, grams = collect_with_grams(self.runnable, blocks, geometry, self.grams.kinds, **options)
+        else:
+            statistics, grams = collect(self.runnable, blocks, geometry, **options), None
+        return Collected(statistics, grams, impacts=also[0].result() if also else None)
+
     def calibrate(self) -> None:
         """Take the statistics of every bucket, and whatever else the method needs."""
         statistics = {name: self._calibrate_bucket(name) for name in self.calibration_buckets}
@@ -239,20 +268,13 @@ class Calibration(Inputs):
         self.folder.forget(stage)
         started = time.perf_counter()
         blocks = self.texts.split(name, "calibration")
-        options: dict[str, Any] = {
-            "batch_size": self.recipe.calibrate.batch_size,
-            "progress": self.progress,
-            "label": f"calibrate on {name}",
-            "also": self.impacts.listeners(name),
-        }
-        if self.grams.splits(name):  # both in one pass
-            statistics, grams = collect_with_grams(
-                self.dense, blocks, self.checkpoint.geometry, self.grams.kinds, **options
-            )
-            self.grams.write(name, "calibration", grams, started)
-        else:
-            statistics = collect(self.dense, blocks, self.checkpoint.geometry, **options)
-        self.impacts.keep(name, options["also"], started)
+        grams, impacts = bool(self.grams.splits(name)), self.impacts.is_missing(name)
+        found = self.passes.collect(Order("statistics", name, grams=grams, impacts=impacts))
+        assert found.statistics is not None, "the pass takes them"
+        statistics = found.statistics
+        if found.grams is not None:
+            self.grams.write(name, "calibration", found.grams, started)
+        self.impacts.keep(name, found.impacts, started)
         write_statistics(
             file,
             statistics,
@@ -272,7 +294,10 @@ class Calibration(Inputs):
 
     def _calibration_key(self, name: str) -> str:
         options = self.recipe.calibrate.model_dump(exclude={"buckets", "batch_size", "gradient_tokens"})
-        return digest(STATISTICS_VERSION, self.model_fingerprint, self.source_keys[name], options, self.recipe.dtype)
+        asked = self.recipe.buckets()[name].responses
+        answered = [] if asked is None else [asked.model_dump()]
+        inputs = self.model_fingerprint, self.source_keys[name], options, self.recipe.dtype, *answered
+        return digest(STATISTICS_VERSION, *inputs)
 
     def _is_calibrated(self, name: str) -> bool:
         file = self._statistics_file(name)
@@ -280,12 +305,18 @@ class Calibration(Inputs):
         return self.folder.is_done(f"calibrate:{name}", key, file, file.with_suffix(".json"))
 
     def _merged(self) -> BucketStatistics:
-        if self.recipe.prune.mix:
-            return mix_buckets(self.result.statistics, self.recipe.prune.mix)
+        if self.mix:
+            return mix_buckets(self.result.statistics, self.mix)
         first, *rest = (self.result.statistics[name] for name in self.pruning_buckets)
         for statistics in rest:
             first = merge_buckets(first, statistics)
         return first
+
+    def _weigh(self, mix: Mapping[str, float]) -> None:
+        """Let the texts that decide count by these weights from now on, in all that is formed of them."""
+        self.mix = mix
+        for stage in ("grams", "gradients", "masks"):
+            self.__dict__.pop(stage, None)  # they carry the weights, and are made again when they are asked for
 
     def _require_enough_text(self) -> None:
         """Refuse Gram matrices that would be singular; before the text is read, by the most that may be taken."""
@@ -302,7 +333,7 @@ class Calibration(Inputs):
         known = {name: count for name, count in tokens.items() if count is not None}
         if len(known) < len(tokens):
             return None
-        return Supply.of(self.checkpoint.geometry, kinds, known, self.recipe.prune.mix)
+        return Supply.of(self.checkpoint.geometry, kinds, known, self.mix)
 
     def _num_calibration_tokens(self, name: str) -> int | None:
         """Return the tokens of a bucket that are calibrated on; before it is read, the most that may be."""

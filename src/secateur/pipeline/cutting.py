@@ -2,24 +2,31 @@
 
 from __future__ import annotations
 
+import shutil
+import tempfile
 import time
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
+from functools import partial
 from pathlib import Path
 from typing import Any
 
 import torch
+from torch import Tensor
 
 from secateur.allocate import with_constants
 from secateur.corpus import (
     PackedBlocks,
 )
 from secateur.corpus.split import Split
+from secateur.evaluate.footprint import memory_bytes
 from secateur.export import export_huggingface
 from secateur.export.model_card import read_front_matter, render_model_card
+from secateur.pipeline.by_layer import CONTROL_PREFIX
 from secateur.pipeline.calibration import Calibration
 from secateur.pipeline.card import describe_corpora, describe_origin
 from secateur.pipeline.evaluation import Candidate
 from secateur.pipeline.grams import Reconstructor, summary
+from secateur.pipeline.on_disk import shrink_checkpoint
 from secateur.pipeline.recovery import (
     RECOVERED,
 )
@@ -38,6 +45,8 @@ from secateur.store.artifacts import (
 )
 from secateur.store.checkpoints import (
     build_model,
+    choose_device,
+    choose_dtype,
     fingerprint,
     generation_data,
     load_model,
@@ -45,9 +54,12 @@ from secateur.store.checkpoints import (
     resolve_model,
     weight_bytes,
 )
-from secateur.stream.sources import LoadedLayers
 
 _BEFORE_RECOVERY = "This is the model before its training; the trained one was saved as `recovered`. "
+
+
+def _refitted(reconstruct: Reconstruct | None) -> Mapping[str, Tensor] | None:
+    return reconstruct.refitted if isinstance(reconstruct, FittedWeights) else None
 
 
 class Cutting(Calibration):
@@ -66,13 +78,17 @@ class Cutting(Calibration):
         self.folder.forget("shrink")
         tokenizer = self._tokenizer_of(plan)
         reconstructor = self._reconstructor(plan)
-        pruned = self._pruned(plan, self.checkpoint.dtype, reconstructor)
-        with self.progress("save and reload", None, "") as task:
-            difference = self._export(pruned, tokenizer, plan, folder)
-            task.advance(1)
+        compared: dict[str, Any] = {}
+        if self.is_by_layer:
+            self._cut_on_disk(plan, folder, reconstructor)
+        else:
+            pruned = self._pruned(plan, self.checkpoint.dtype, reconstructor)
+            with self.progress("save and reload", None, "") as task:
+                compared["reload_difference"] = self._export(pruned, tokenizer, plan, folder)
+                task.advance(1)
         files = [str(file.relative_to(self.folder.path)) for file in sorted(folder.iterdir())]
         saved = fingerprint(resolve_model(str(folder)))
-        facts: dict[str, Any] = {"reload_difference": difference, "files": files, "model_fingerprint": saved}
+        facts: dict[str, Any] = {**compared, "files": files, "model_fingerprint": saved}
         if reconstructor is not None:
             facts["reconstruction"] = dict(summary(reconstructor.reports))
         self.folder.finish("shrink", key, started, **facts)
@@ -98,12 +114,13 @@ class Cutting(Calibration):
                 for split in ("calibration", "validation")
             }
             return fit_on_pruned_stream(
-                LoadedLayers(self.dense, self.checkpoint.geometry),
+                self.layers,
                 plan,
                 texts["calibration"],
                 texts["validation"],
                 batch_size=self.recipe.calibrate.batch_size,
-                shares=list(normalised(self.recipe.prune.mix).values()) if self.recipe.prune.mix else None,
+                shares=list(normalised(self.mix).values()) if self.mix else None,
+                folder=self.folder.path if self.is_by_layer else None,
                 progress=self.progress,
             )
         return self.grams.reconstructor()
@@ -112,14 +129,14 @@ class Cutting(Calibration):
         if self.recipe.prune.reconstruct == "none":
             return []
         keys = [self.recipe.prune.reconstruct, *(self._calibration_key(name) for name in self.pruning_buckets)]
-        return [*keys, digest(normalised(self.recipe.prune.mix))] if self.recipe.prune.mix else keys
+        return [*keys, digest(normalised(self.mix))] if self.mix else keys
 
     def _pruned(self, plan: Plan, dtype: torch.dtype | None = None, reconstruct: Reconstruct | None = None) -> Any:
         """Return the pruned model; only parameters take ``dtype``, rotary tables stay as precise as they were."""
         geometry = self.checkpoint.geometry
         config = shrink_config(self.checkpoint.config, plan, geometry)
         with self.progress("shrink", None, "") as task:
-            refitted = reconstruct.refitted if isinstance(reconstruct, FittedWeights) else None
+            refitted = _refitted(reconstruct)
             dense = self.dense.state_dict().items()
             parameters = list(shrink_parameters(dense, plan, geometry, reconstruct, refitted))
             task.advance(1)
@@ -130,6 +147,36 @@ class Cutting(Calibration):
             shrink_generation_config(generation_data(self.dense), plan),
         )
 
+    def _cut_on_disk(
+        self, plan: Plan, folder: Path, reconstruct: Reconstruct | None, stored: torch.dtype | None = None
+    ) -> None:
+        """Write the pruned model's folder from the checkpoint, one parameter at a time."""
+        self._close_dense()
+        shrink_checkpoint(
+            self.checkpoint,
+            plan,
+            folder,
+            reconstruct,
+            refitted=_refitted(reconstruct),
+            provenance=self._provenance(),
+            device=self.recipe.device,
+            dtype=self.recipe.dtype,
+            stored=stored,
+            trust_remote_code=self.recipe.trust_remote_code,
+            progress=self.progress,
+        )
+
+    def _control_on_disk(self, plan: Plan) -> Candidate:
+        """Return a control's model in a folder of its own, which goes once the model is measured."""
+        reconstructor, device = self._reconstructor(plan), choose_device(self.recipe.device)
+        # Fitted weights are measured as they were fitted, as in memory; others are the checkpoint's own anyway.
+        computed = choose_dtype(self.recipe.dtype, self.checkpoint.dtype, device)
+        place = Path(tempfile.mkdtemp(prefix=CONTROL_PREFIX, dir=self.folder.path))
+        self._cut_on_disk(plan, place / "model", reconstructor, computed if reconstructor else None)
+        model = self._streamed(resolve_model(str(place / "model")), str(computed).removeprefix("torch."))
+        size = memory_bytes(model.source.model) // computed.itemsize * self.checkpoint.dtype.itemsize
+        return Candidate(model, size, self._tokenizer_of(plan), partial(shutil.rmtree, place, ignore_errors=True))
+
     def _with_constants(self, plan: Plan, statistics: BucketStatistics | None) -> Plan:
         if statistics is None:
             return plan
@@ -138,11 +185,15 @@ class Cutting(Calibration):
 
     def _saved_candidate(self, folder: Path, dtype: str | None = None) -> Candidate:
         saved, changed = resolve_model(str(folder)), self._required_plan().vocabulary is not None
-        model = load_model(saved, device=self.recipe.device, dtype=dtype or self.recipe.dtype)
+        if self.is_by_layer:
+            self._close_dense()
+            model: Any = self._streamed(saved, dtype)
+        else:
+            model = load_model(saved, device=self.recipe.device, dtype=dtype or self.recipe.dtype)
         return Candidate(model, weight_bytes(folder), load_tokenizer(saved) if changed else self.tokenizer)
 
     def _dense_candidate(self) -> Candidate:
-        return Candidate(self.dense, self.checkpoint.size_bytes, self.tokenizer)
+        return Candidate(self.runnable, self.checkpoint.size_bytes, self.tokenizer)
 
     def _write_card(self, tables: Sequence[str]) -> None:
         """Write the model card into every model folder of the run that there is."""

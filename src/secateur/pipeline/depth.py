@@ -23,7 +23,7 @@ from secateur.errors import CheckpointError
 from secateur.evaluate.output_change import MakePatch, OutputChange, Patch
 from secateur.families.geometry import Geometry
 from secateur.progress import Progress, Task
-from secateur.records.units import ATTENTION, AXIS_OF, FFN, LAYER
+from secateur.records.units import ATTENTION, FFN, LAYER
 from secateur.score.run import LoadTensor
 from secateur.shrink.stand_in_weights import StandInWeights
 from secateur.store.artifacts import read_json, write_json
@@ -159,7 +159,7 @@ class DepthStage:
         patch: dict[str, Tensor] = {}
         for sublayer in _SUBLAYERS if kind == LAYER else (kind,):
             if self.geometry.has_sublayer(sublayer, layer):
-                patch |= self._stand_ins.site(self.geometry.axes[AXIS_OF[sublayer]][layer], 0)
+                patch |= self._stand_ins.site(self.geometry.sublayer_axis(sublayer, layer), 0)
         return patch
 
     @cached_property

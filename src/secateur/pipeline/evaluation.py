@@ -14,13 +14,16 @@ import torch
 from secateur.corpus import PackedBlocks, segmentation_change
 from secateur.errors import CheckpointError
 from secateur.evaluate import evaluate_choices, evaluate_resegmented, evaluate_text, model_parameters
+from secateur.evaluate.by_layer import evaluate_resegmented_by_layer, evaluate_text_by_layer
 from secateur.families.geometry import build_geometry
 from secateur.families.schema import Family
 from secateur.pipeline.texts import Texts
 from secateur.progress import Progress, silent
 from secateur.records.evaluation import Evaluation, ModelScore, TextScore, VocabularyEffect
+from secateur.records.ranks import ALONE, Ranks
 from secateur.store.artifacts import read_json, write_json
 from secateur.store.run_folder import RunFolder
+from secateur.stream.streamed import StreamedModel
 
 VOCABULARY = "vocabulary"
 """Name of what is measured of the vocabulary alone, among the rows that are kept."""
@@ -28,10 +31,10 @@ VOCABULARY = "vocabulary"
 
 @dataclass(frozen=True, slots=True)
 class Candidate:
-    """A model that is measured, in memory.
+    """A model that is measured, in memory or layer by layer.
 
     Attributes:
-        model: a transformers causal language model.
+        model: a transformers causal language model, or a ``StreamedModel``.
         size_bytes: of its weights, on disk.
         tokenizer: reads the text for it.
         forget: called once it has been measured and the result is kept.
@@ -64,7 +67,7 @@ class SmallerVocabulary:
         key: hash of everything its numbers depend on.
         keep: token ids that stay.
         tokenizer: returns the smaller tokenizer.
-        dense: returns the dense model.
+        dense: returns the dense model, in memory or streamed.
     """
 
     key: str
@@ -85,6 +88,7 @@ class EvaluationStage:
         seed: of the random control, for the record.
         progress: told about everything that takes time.
         reused: gets the names of rows that were still valid.
+        ranks: the processes that measure together; all of them return the same, and process 0 decides and writes.
     """
 
     folder: RunFolder
@@ -94,6 +98,7 @@ class EvaluationStage:
     seed: int
     progress: Progress = silent
     reused: list[str] = field(default_factory=list)
+    ranks: Ranks = ALONE
 
     @property
     def _file(self) -> Path:
@@ -118,9 +123,10 @@ class EvaluationStage:
         done = {name for name, row in rows.items() if self.is_done(name, row.key)}  # may put rows into the file
         earlier = self._before.models if self._before else {}
         earlier_effect = self._before.vocabulary if self._before else {}
+        done = self._decided(done & set(earlier))
         found: dict[str, ModelScore] = {}
         for name, row in rows.items():
-            if name in earlier and name in done:
+            if name in done:
                 self.reused.append(f"evaluate:{name}")
                 found[name] = earlier[name]
                 continue
@@ -131,21 +137,27 @@ class EvaluationStage:
             self._write(Evaluation({**earlier, **found}, self.seed, earlier_effect))
             self.folder.finish(f"evaluate:{name}", row.key, started)
             candidate.forget()
+            del candidate  # or it would be held while the next one is loaded
         effect = self._vocabulary_effect(vocabulary, found, earlier_effect) if vocabulary else {}
         evaluation = Evaluation(found, self.seed, effect)
         self._write(evaluation)
         return evaluation
 
+    def _decided(self, value: Any) -> Any:
+        """Return what process 0 has found, so that all of them do the same."""
+        return self.ranks.exchange(value)[0]
+
     def _write(self, evaluation: Evaluation) -> None:
+        if self.folder.read_only:
+            return
         write_json(self._file, evaluation.to_dict())
 
     def _score(self, name: str, candidate: Candidate) -> ModelScore:
         text: dict[str, TextScore] = {}
         for bucket, blocks in self.texts.test.items():
-            text[bucket] = evaluate_text(
+            text[bucket] = self._text_score(
                 candidate.model,
                 self.texts.resegmented(blocks, candidate.tokenizer),
-                self.family,
                 batch_size=self.batch_size,
                 num_excluded=blocks.num_excluded,
                 progress=self.progress,
@@ -163,11 +175,18 @@ class EvaluationStage:
                 batch_size=self.batch_size,
                 progress=self.progress,
                 label=f"ask {name} {questions}",
+                ranks=self.ranks,
             )
             for questions in self.texts.questions
         }
-        geometry = build_geometry(self.family, candidate.model.config.to_dict())
-        return ModelScore(name, model_parameters(candidate.model, geometry), candidate.size_bytes, text, choices)
+        model = candidate.model.source.model if isinstance(candidate.model, StreamedModel) else candidate.model
+        geometry = build_geometry(self.family, model.config.to_dict())
+        return ModelScore(name, model_parameters(model, geometry), candidate.size_bytes, text, choices)
+
+    def _text_score(self, model: Any, blocks: PackedBlocks, **options: Any) -> TextScore:
+        if isinstance(model, StreamedModel):
+            return evaluate_text_by_layer(model, blocks, **options)
+        return evaluate_text(model, blocks, self.family, **options, ranks=self.ranks)
 
     def _vocabulary_effect(
         self,
@@ -176,7 +195,7 @@ class EvaluationStage:
         earlier: Mapping[str, VocabularyEffect],
     ) -> Mapping[str, VocabularyEffect]:
         """Measure what the smaller vocabulary alone does to the dense model, or take it from an earlier run."""
-        if set(earlier) == set(rows["dense"].text) and self.is_done(VOCABULARY, vocabulary.key):
+        if self._decided(set(earlier) == set(rows["dense"].text) and self.is_done(VOCABULARY, vocabulary.key)):
             self.reused.append(f"evaluate:{VOCABULARY}")
             return earlier
         started = time.perf_counter()
@@ -193,16 +212,16 @@ class EvaluationStage:
         self, name: str, before: PackedBlocks, keep: torch.Tensor, tokenizer: Any, dense: Any
     ) -> VocabularyEffect:
         after = self.texts.resegmented(before, tokenizer)
-        resegmented, restricted = evaluate_resegmented(
-            dense,
-            after,
-            self.family,
-            keep,
-            batch_size=self.batch_size,
-            num_excluded=before.num_excluded,
-            progress=self.progress,
-            label=f"evaluate the vocabulary on {name}",
-        )
+        options: dict[str, Any] = {
+            "batch_size": self.batch_size,
+            "num_excluded": before.num_excluded,
+            "progress": self.progress,
+            "label": f"evaluate the vocabulary on {name}",
+        }
+        if isinstance(dense, StreamedModel):
+            resegmented, restricted = evaluate_resegmented_by_layer(dense, after, keep, **options)
+        else:
+            resegmented, restricted = evaluate_resegmented(dense, after, self.family, keep, **options, ranks=self.ranks)
         return VocabularyEffect(resegmented, restricted, **asdict(segmentation_change(before, after, keep)))
 
 

@@ -27,7 +27,7 @@ from secateur.progress import Progress, silent
 from secateur.recipe import ExportSpec, PruneSpec, Recipe
 from secateur.records.exported import Exported
 from secateur.records.plan import LayerPlan, Plan
-from secateur.records.units import ATTENTION, AXIS_OF, FFN, FFN_CHANNEL, QUERY_HEAD, SUBLAYER_OF
+from secateur.records.units import ATTENTION, AXES_OF, FFN, FFN_CHANNEL, SUBLAYER_OF
 from secateur.shrink import shrink_config, shrink_generation_config, shrink_parameters
 from secateur.store.artifacts import digest
 from secateur.store.checkpoints import Checkpoint, fingerprint, read_generation_config, resolve_model
@@ -313,7 +313,8 @@ def sample_plan(geometry: Geometry, prune: PruneSpec, multiple: int) -> Plan:
     kinds, uneven = prune.width_kinds(), prune.shape == "uneven"
     blocks = [kind for kind in (ATTENTION, FFN) if kind in prune.block_kinds()]
     layers: dict[str, tuple[LayerPlan, ...]] = {}
-    for kind in dict.fromkeys([*kinds, *(AXIS_OF[block] for block in blocks)]):
+    whole = [axis for block in blocks for axis in AXES_OF[block] if axis in geometry.axes]
+    for kind in dict.fromkeys([*kinds, *whole]):
         counts = [_counts(geometry, axis, prune, multiple) if kind in kinds else [] for axis in geometry.axes[kind]]
         layers[kind] = tuple(
             LayerPlan(axis.num_units, tuple(range(_pick(fits, axis.num_units, int(uneven and layer > 0)))))
@@ -325,7 +326,7 @@ def sample_plan(geometry: Geometry, prune: PruneSpec, multiple: int) -> Plan:
         family=geometry.family.name,
         model_fingerprint="",
         shape="uniform"
-        if all(len({len(entry.keep) for entry in per_layer}) == 1 for per_layer in layers.values())
+        if all(len({len(entry.keep) for entry in per_layer if entry.num_units}) <= 1 for per_layer in layers.values())
         else "uneven",
         method="sample",
         options={},
@@ -348,6 +349,7 @@ def _counts(geometry: Geometry, axis: UnitAxis, prune: PruneSpec, multiple: int)
         for count in range(axis.num_units - 1, 0, -1)
         if count % step == 0
         and count * axis.reader_width % multiple == 0
+        and not geometry.why_impossible(axis.kind, count)
         and (prune.shape == "uneven" or geometry.is_allowed(axis.kind, count))
     ]
 
@@ -362,5 +364,5 @@ def _take_sublayer(layers: dict[str, tuple[LayerPlan, ...]], geometry: Geometry,
     if len(there) < from_the_end + 2:
         return
     gone = there[-1 - from_the_end]
-    for kind in (AXIS_OF[block], *([QUERY_HEAD] if QUERY_HEAD in layers and SUBLAYER_OF[QUERY_HEAD] == block else [])):
+    for kind in (kind for kind in layers if SUBLAYER_OF[kind] == block):
         layers[kind] = tuple(replace(entry, keep=()) if n == gone else entry for n, entry in enumerate(layers[kind]))

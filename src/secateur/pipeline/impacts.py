@@ -8,7 +8,6 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from secateur.calibrate import ImpactListener
 from secateur.errors import ConfigError
 from secateur.records.impacts import ImpactStatistics, merge_impacts
 from secateur.store.artifacts import IMPACTS_VERSION, digest, read_impacts, write_impacts
@@ -26,7 +25,6 @@ class ImpactStage:
         folder: the run's folder.
         facts: what to record beside every file.
         key: hash of what a bucket's calibration depends on, by name.
-        listen: returns who hears the pass of a bucket.
         collect: runs a bucket through the dense model for this alone.
     """
 
@@ -36,21 +34,16 @@ class ImpactStage:
     folder: RunFolder
     facts: Mapping[str, Any]
     key: Callable[[str], str]
-    listen: Callable[[str], ImpactListener]
     collect: Callable[[str], ImpactStatistics]
 
     def is_missing(self, name: str) -> bool:
         """Return whether what a bucket's documents say is still to be taken."""
         return self._needs(name) and not self._is_done(name)
 
-    def listeners(self, name: str) -> list[ImpactListener]:
-        """Return who is to hear the calibration pass of a bucket: one, or none where nothing is needed."""
-        return [self.listen(name)] if self.is_missing(name) else []
-
-    def keep(self, name: str, listeners: Sequence[ImpactListener], started: float) -> None:
-        """Keep what was heard; ``started`` is when the pass began."""
-        for listener in listeners:
-            self._write(name, listener.result(), started)
+    def keep(self, name: str, impacts: ImpactStatistics | None, started: float) -> None:
+        """Keep what was heard in a pass that began at ``started``; None where nothing was to be heard."""
+        if impacts is not None:
+            self._write(name, impacts, started)
 
     def take(self, name: str) -> list[str]:
         """Take what is missing of a bucket; return the stages that were there already."""
@@ -96,10 +89,19 @@ class ImpactStage:
         return self.folder.is_done(self._stage(name), self._key(name), file, file.with_suffix(".json"))
 
 
-def require_no_mix(method: str, reads_impacts: bool, mix: Mapping[str, float] | None) -> None:
-    """Raise ConfigError where texts are weighed for a method that looks at documents one by one."""
-    if reads_impacts and mix is not None:
+def require_no_mix(method: str, reads_impacts: bool, mix: Mapping[str, float] | None, *, guard: bool = False) -> None:
+    """Raise ConfigError where texts are weighed for a method that looks at documents one by one.
+
+    Args:
+        method: its name.
+        reads_impacts: whether it looks at documents one by one.
+        mix: weights that are given.
+        guard: whether weights are looked for.
+    """
+    if reads_impacts and (guard or mix is not None):
+        weighs = "combine: guard weighs" if guard else "prune.mix weighs"
+        instead = "Use combine: mean" if guard else "Name the texts under prune.buckets instead"
         raise ConfigError(
-            f"method {method} looks at documents one by one, and prune.mix weighs texts as a whole. Name the texts "
-            "under prune.buckets instead, or use another method."
+            f"method {method} looks at documents one by one, and {weighs} texts as a whole. {instead}, or use another "
+            "method."
         )

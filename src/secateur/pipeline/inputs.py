@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from functools import cached_property
 from pathlib import Path
 from typing import Any
+
+from torch import Tensor
 
 from secateur.allocate import Request
 from secateur.allocate.vocabulary import size_for_budget
@@ -16,29 +18,36 @@ from secateur.errors import ConfigError
 from secateur.pipeline import processes
 from secateur.pipeline.card import hub_id_of
 from secateur.pipeline.evaluation import Candidate
+from secateur.pipeline.guard import in_parts, require_guardable
 from secateur.pipeline.impacts import require_no_mix
 from secateur.pipeline.recovery import (
     RecoveryStage,
     Teacher,
 )
+from secateur.pipeline.responses import ResponsesStage
 from secateur.pipeline.result import RunResult, require_buckets, versions
 from secateur.pipeline.search import Search
 from secateur.pipeline.vocabulary import VocabularyStage
 from secateur.progress import Progress
 from secateur.recipe import Recipe
 from secateur.records.plan import Plan, VocabularyPlan
+from secateur.records.ranks import ALONE, Ranks
 from secateur.records.scores import Scores
 from secateur.score import METHODS, require_union
 from secateur.store.artifacts import (
     digest,
 )
 from secateur.store.checkpoints import (
+    Checkpoint,
     fingerprint,
     load_model,
     load_tokenizer,
+    parameter,
     resolve_model,
 )
 from secateur.store.run_folder import RunFolder, Shared
+from secateur.stream.sources import LayerSource, LazyLayers, LoadedLayers
+from secateur.stream.streamed import StreamedModel
 
 
 class Inputs:
@@ -56,6 +65,7 @@ class Inputs:
         self.teacher = teacher
         self.reference = reference
         self.progress = progress
+        self.ranks: Ranks = ALONE
         place = Path(recipe.output).expanduser()
         self.folder = RunFolder.open(place, read_only=not processes.is_main(), shared=shared)
         self.result = RunResult(self.folder.path)
@@ -77,9 +87,15 @@ class Inputs:
         """The dense model's tokenizer."""
         return load_tokenizer(self.checkpoint, trust_remote_code=self.recipe.trust_remote_code)
 
+    @property
+    def is_by_layer(self) -> bool:
+        """Whether models are run one layer at a time, and never loaded."""
+        return self.recipe.memory == "by_layer"
+
     @cached_property
     def dense(self) -> Any:
         """The dense model, loaded when first asked for."""
+        assert not self.is_by_layer, "what needs the whole model is refused before"
         with self.progress("load the model", None, "") as task:
             model = load_model(
                 self.checkpoint,
@@ -89,6 +105,32 @@ class Inputs:
             )
             task.advance(1)
         return model
+
+    @cached_property
+    def runnable(self) -> Any:
+        """The dense model in memory, or, where the recipe says so, streamed layer by layer."""
+        return self._streamed(self.checkpoint) if self.is_by_layer else self.dense
+
+    def _close_dense(self) -> None:
+        """Let go of the streamed dense model's embeddings and head; they are read again when they are asked for."""
+        self.__dict__.pop("runnable", None)
+
+    @property
+    def layers(self) -> LayerSource:
+        """The dense model's layers."""
+        return self.runnable.source if self.is_by_layer else LoadedLayers(self.dense, self.checkpoint.geometry)
+
+    def _weight(self, name: str) -> Tensor | None:
+        """Return a parameter of the dense model, read now where the model is streamed; None where there is none."""
+        return self.runnable.source.parameter(name) if self.is_by_layer else parameter(self.dense, name)
+
+    def _streamed(self, checkpoint: Checkpoint, dtype: str | None = None) -> StreamedModel:
+        """Return a model on disk, to be run layer by layer with its hidden states in the run's folder."""
+        recipe = self.recipe
+        remote = recipe.trust_remote_code and checkpoint is self.checkpoint
+        computed = dtype or recipe.dtype
+        source = LazyLayers(checkpoint, device=recipe.device, dtype=computed, trust_remote_code=remote)
+        return StreamedModel(source, self.folder.path)
 
     @cached_property
     def layer_kinds(self) -> list[str]:
@@ -144,6 +186,17 @@ class Inputs:
             raise ConfigError(f"{key} names {missing[0]}, which calibrate.buckets leaves out. Add it there.")
         return named
 
+    @cached_property
+    def mix(self) -> Mapping[str, float] | None:
+        """How much each text counts that decides; None where every token counts the same.
+
+        Where a guard looks for these weights they are those it begins with, and later those it has come to.
+        """
+        given = self.recipe.prune.mix
+        if self.recipe.prune.combine != "guard":
+            return given
+        return in_parts(given or dict.fromkeys(self.pruning_buckets, 1.0))
+
     def _named(self, asked: Sequence[str] | None, default: list[str], key: str) -> list[str]:
         require_buckets(asked or (), self.recipe.buckets(), key)
         return list(asked) if asked else default
@@ -158,7 +211,10 @@ class Inputs:
         key = f"prune.method {prune.method}"
         require_buckets(named, self.recipe.buckets(), key)
         require_buckets(named, self.calibration_buckets, f"{key} with calibrate.buckets")
-        require_no_mix(prune.method, METHODS[prune.method].reads_impacts(prune.options), prune.mix)
+        guard = prune.combine == "guard"
+        require_no_mix(prune.method, METHODS[prune.method].reads_impacts(prune.options), prune.mix, guard=guard)
+        if guard:
+            require_guardable(prune.method, METHODS[prune.method].needs)
         if prune.combine == "union":
             require_union(prune.method, prune.options, self.pruning_buckets)
             return list(dict.fromkeys([*named, *self.pruning_buckets]))
@@ -171,8 +227,24 @@ class Inputs:
 
     @cached_property
     def source_keys(self) -> dict[str, str]:
-        """By bucket, a hash of its files and of how they are read."""
-        return {name: digest(source_signature(spec), spec.model_dump()) for name, spec in self.recipe.buckets().items()}
+        """By bucket, a hash of its files and of how they are read; who answers them is another matter."""
+        specs = self.recipe.buckets().items()
+        return {name: digest(source_signature(spec), spec.model_dump(exclude={"responses"})) for name, spec in specs}
+
+    @cached_property
+    def responses(self) -> ResponsesStage:
+        """The dense model's own answers to prompts; it does nothing where no bucket is calibrated on them."""
+        return ResponsesStage(
+            self.recipe,
+            self.checkpoint,
+            lambda: self.tokenizer,
+            lambda: self.dense,
+            digest(self.model_fingerprint, self.recipe.dtype),
+            self.source_keys,
+            self.folder,
+            self.progress,
+            self.result.reused,
+        )
 
     def _required_plan(self) -> Plan:
         assert self.result.plan is not None, "plan() comes first"

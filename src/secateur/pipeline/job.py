@@ -12,6 +12,7 @@ from __future__ import annotations
 
 import time
 from dataclasses import asdict, replace
+from functools import partial
 from typing import Any
 
 import torch
@@ -24,6 +25,7 @@ from secateur.corpus import (
 )
 from secateur.errors import ConfigError
 from secateur.pipeline import processes
+from secateur.pipeline.by_layer import remove_leftovers, require_by_layer, require_disk
 from secateur.pipeline.card import terms_of
 from secateur.pipeline.exports import check_exports, with_export_widths
 from secateur.pipeline.measuring import Measuring
@@ -39,7 +41,8 @@ from secateur.pipeline.rounds import (
     run_rounds,
     take_result,
 )
-from secateur.pipeline.search import MEASURED
+from secateur.pipeline.search import MEASURED, require_dense_layers
+from secateur.pipeline.sharding import Together, connect, require_shares
 from secateur.progress import Progress, silent
 from secateur.recipe import Recipe
 from secateur.records.scores import Scores
@@ -75,19 +78,12 @@ def run(
         raise ConfigError(unknown_name("stage", until, STAGES))
     if until == "recover" and recipe.recover is None:
         raise ConfigError("the recipe has no recover section, which says how to train. Add one, such as recover: {}.")
-    if processes.are_several() and until != "recover":
-        raise ConfigError(
-            "several processes were started, and only training is done by several. Launch `secateur recover`, then run "
-            "this command by itself."
-        )
-    with processes.main_first():
-        job = Job(recipe, progress, shared=shared)
-        job.check(until)
-        job.calibrate()
-        if until != "calibrate":
-            job.plan()
-        if until not in ("calibrate", "plan"):
-            job.shrink()
+    if processes.are_several():
+        return _run_together(recipe, until, progress, shared)
+    job = Job(recipe, progress, shared=shared)
+    job.check(until)
+    job.calibrate()
+    job.cut(until)
     if until in ("recover", "evaluate", "export"):
         job.recover()
     if until in ("evaluate", "export"):
@@ -95,6 +91,51 @@ def run(
     if until == "export":
         job.export()
     return job.result
+
+
+def _run_together(recipe: Recipe, until: Stage, progress: Progress, shared: Shared | None) -> RunResult:
+    """Do the main job as one of several processes; what only process 0 makes is in its result alone."""
+    if shared is not None:
+        raise ConfigError(
+            "several processes were started, and runs that share results with others are done by one. Start this "
+            "command by itself."
+        )
+    ranks = connect()
+    with ranks.telling():
+        job = Job(recipe, progress if ranks.is_main else silent)
+        ranks.require_alike(job.identity())
+        job.join(ranks)
+        ranks.main_first(partial(job.check, until))
+        ranks.require_alike({"run folder": job.folder.on_disk()})
+        if ranks.is_main:
+            job.require_shares(until)
+            job.calibrate()
+            job.passes.dismiss()
+            job.cut(until)
+        else:
+            job.passes.serve()
+        ranks.wait()
+        if until in ("recover", "evaluate", "export"):
+            if not ranks.is_main:
+                job = _caught_up(recipe, until, ranks)
+            with ranks.silent():
+                job.recover()
+        if until in ("evaluate", "export"):
+            job.evaluate()
+        if until == "export" and ranks.is_main:
+            job.export()
+        ranks.wait()
+    return job.result
+
+
+def _caught_up(recipe: Recipe, until: Stage, ranks: Together) -> Job:
+    """Return a job that has found all that process 0 made up to the pruned model."""
+    job = Job(recipe, silent)
+    job.check(until)
+    job.calibrate()
+    job.cut(until)
+    job.join(ranks)
+    return job
 
 
 def refuse_impossible(recipe: Recipe) -> None:
@@ -110,12 +151,54 @@ def inputs_key(recipe: Recipe) -> str:
     """Return the hash of everything that a recipe's results depend on, wherever and on whatever they are computed."""
     job = Job(recipe, silent)
     asked = {name: [asdict(item) for item in items] for name, items in job.texts.questions.items()}
-    apart: Any = {"output": True, "device": True, "calibrate": {"batch_size"}, "evaluate": {"batch_size"}}
+    apart: Any = {
+        "output": True,
+        "device": True,
+        "memory": True,
+        "calibrate": {"batch_size"},
+        "evaluate": {"batch_size"},
+    }
     return digest(job.model_fingerprint, job.source_keys, asked, recipe.model_dump(exclude=apart))
 
 
 class Job(Measuring):
     """One run from recipe to report."""
+
+    def identity(self) -> dict[str, Any]:
+        """Return what must be the same in all processes of a run, by the name a person knows it by.
+
+        Where files are and what they are computed on may differ between machines.
+        """
+        asked = self._asked.model_dump(mode="json", exclude={"model", "output", "device"})
+        recipe = {f"recipe ({key})": value for key, value in asked.items()}
+        known = versions()
+        packages = {name: known[name] for name in ("secateur", "torch", "transformers", "tokenizers")}
+        return {**recipe, **packages, "model (fingerprint)": self.model_fingerprint}
+
+    def join(self, ranks: Together) -> None:
+        """Do from now on what several processes do together."""
+        if self.is_by_layer:
+            raise ConfigError(
+                f"memory is by_layer, which one process does, and {ranks.world_size} were started. Start this command "
+                "by itself, or leave memory out where each process has room for the model."
+            )
+        self.ranks = self.evaluation.ranks = ranks
+
+    def require_shares(self, until: Stage) -> None:
+        """Refuse more processes than there are blocks of a text that they would share."""
+        missing = [name for name in self.calibration_buckets if not self._is_calibrated(name)]
+        texts = [self.texts.split(name, "calibration") for name in missing if not self.responses.has(name)]
+        if until in ("evaluate", "export") and "test" in self.texts.__dict__:
+            texts += self.texts.test.values()
+        for blocks in texts:
+            require_shares(blocks, self.ranks.world_size)
+
+    def cut(self, until: Stage) -> None:
+        """Plan and shrink, as far as the run goes."""
+        if until != "calibrate":
+            self.plan()
+        if until not in ("calibrate", "plan"):
+            self.shrink()
 
     def check(self, until: Stage) -> None:
         """Resolve every name and refuse what cannot work, before weights are read, text is run or files are written."""
@@ -124,6 +207,8 @@ class Job(Measuring):
             self._rehearse_plan()
         self._read_new_text(until)
         self._require_enough_text()
+        if self.is_by_layer:
+            self._prepare_disk()
         self.folder.describe(
             versions=versions(),
             model=self.recipe.model,
@@ -137,12 +222,15 @@ class Job(Measuring):
 
     def refuse_impossible(self) -> None:
         """Refuse what cannot work as far as that is known without reading whole texts; nothing is written."""
+        if self.is_by_layer:
+            require_by_layer(self.recipe)
         METHODS[self.recipe.prune.method].check_options(self.recipe.prune.options)
         METHODS[self.recipe.prune.depth_method].check_options(self.recipe.prune.depth_options)
         if self.recipe.export:
             check_exports(self.recipe)
             self.recipe = with_export_widths(self.recipe, self.checkpoint.geometry)
         _ = self.pruning_buckets, self.reference_buckets
+        self.responses.check()
         for spec in self.recipe.buckets().values():
             check_sources(spec)
         _ = self.texts.questions
@@ -167,6 +255,19 @@ class Job(Measuring):
             self._rehearse_plan()
         self.exports.check_model(lambda: self.tokenizer)
         self._require_enough_text()
+
+    def _prepare_disk(self) -> None:
+        """Refuse hidden states that do not fit on the disk, and remove those of a run that was killed."""
+        remove_leftovers(self.folder.path)
+        calibrated = {name: self._num_calibration_tokens(name) or 0 for name in self.calibration_buckets}
+        fitted = 0
+        if self.recipe.prune.reconstruct == "pruned":
+            deciding = [name for name in self.pruning_buckets if self.texts.has(name, "validation")]
+            fitted = sum(calibrated[name] + self.texts.split(name, "validation").num_tokens for name in deciding)
+        measured = [blocks.num_tokens for blocks in self.texts.test.values()] if "test" in vars(self.texts) else []
+        dtype = choose_dtype(self.recipe.dtype, self.checkpoint.dtype, choose_device(self.recipe.device))
+        hidden_size = self.checkpoint.geometry.dimensions["hidden_size"]
+        require_disk(self.folder.path, [*calibrated.values(), *measured], fitted, hidden_size * dtype.itemsize)
 
     def _rehearse(self) -> None:
         """Try the methods on made-up statistics, and refuse measurements that cannot be made."""
@@ -197,11 +298,17 @@ class Job(Measuring):
     def _check_measurements(self) -> None:
         """Refuse to measure on less than a block of text, or an order of removals that nothing asks for."""
         prune, block_size = self.recipe.prune, self.recipe.calibrate.block_size
+        require_dense_layers(self.checkpoint.geometry, prune.allocation)
         in_order = bool(prune.block_kinds()) and bool(METHODS[prune.depth_method].measure)
         if (in_order or prune.allocation in MEASURED) and prune.search.tokens < block_size:
             raise ConfigError(
                 f"prune.search.tokens is {prune.search.tokens}, less than one block of {block_size} tokens. Raise it, "
                 "or lower calibrate.block_size."
+            )
+        if in_order and prune.combine == "guard":
+            raise ConfigError(
+                f"combine: guard plans under many mixtures, and depth_method: {prune.depth_method} would be measured "
+                "again for each. Use depth_method: block_influence, or combine: mean."
             )
         if in_order and prune.allocation in MEASURED and prune.shape == "uneven":
             raise ConfigError(
@@ -214,12 +321,12 @@ class Job(Measuring):
         for name in self.calibration_buckets:
             stages = self.gradients, self.impacts, self.masks
             if any(stage.is_missing(name) for stage in stages) or not self._is_calibrated(name):
-                _ = self.texts.split(name, "calibration")
+                self.texts.look_at(name, "calibration")
             for split in self.grams.missing(name):
-                _ = self.texts.split(name, split)
+                self.texts.look_at(name, split)
             if self.recipe.prune.reconstruct == "pruned" and name in self.pruning_buckets and until != "calibrate":
                 _ = self.texts.split(name, "validation")
-            if name in self._bounds and until != "calibrate":
+            if name in self._sized_buckets and until != "calibrate":
                 _ = self.texts.sizing(name)
         if self.recovery is not None and until in ("recover", "evaluate", "export"):
             self.recovery.save_documents()

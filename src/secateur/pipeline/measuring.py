@@ -59,9 +59,11 @@ class Measuring(Training, ABC):
         if plan.vocabulary is not None:
             key = self._evaluation_key(VOCABULARY, plan)
             vocabulary = SmallerVocabulary(
-                key, plan.vocabulary.keep, lambda: self._tokenizer_of(plan), lambda: self.dense
+                key, plan.vocabulary.keep, lambda: self._tokenizer_of(plan), lambda: self.runnable
             )
         evaluation = self.evaluation.measure({name: rows[name] for name in ROWS if name in rows}, vocabulary)
+        if self.folder.read_only:  # the rest is process 0's
+            return
         for name in trained:
             self._train(name)
             if self.recovery is not None and not self._is_kept(name):

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import time
 from collections.abc import Mapping, Sequence
 from dataclasses import replace
@@ -20,6 +21,7 @@ from secateur.pipeline.bounds import smallest_within
 from secateur.pipeline.cutting import Cutting
 from secateur.pipeline.depth import DepthStage, Meters
 from secateur.pipeline.exports import ExportStage, width_note
+from secateur.pipeline.guard import least_worst
 from secateur.pipeline.search import MEASURED, Search, build_choices, find_counts, is_measured, quick_reconstruct
 from secateur.recipe import LOSS_BOUNDS
 from secateur.records.evaluation import (
@@ -28,8 +30,9 @@ from secateur.records.evaluation import (
     relative_rise,
 )
 from secateur.records.plan import Plan, VocabularyPlan
-from secateur.records.scores import Scores
+from secateur.records.scores import Scores, ranked_experts
 from secateur.records.statistics import BucketStatistics, normalised
+from secateur.records.units import EXPERT
 from secateur.score import METHODS, Outcome, notes_on, score_units, union_note
 from secateur.shrink import check_plan
 from secateur.shrink.stand_in_weights import StandInWeights
@@ -39,6 +42,7 @@ from secateur.store.artifacts import (
     statistics_digest,
     write_json,
     write_scores,
+    write_text,
 )
 from secateur.store.checkpoints import (
     parameter,
@@ -75,6 +79,9 @@ class Planning(Cutting):
         key = self._plan_key(merged)
         if self.folder.is_done("plan", key, file):
             self.result.reused.append("plan")
+            if self._is_guarded:
+                self._weigh(Plan.from_dict(read_json(file)).mix)
+                merged = self._merged()
             self.result.plan = self._read_plan(file, merged)
             if merged is not None and not self._has_scores():
                 self._write_scores(merged)
@@ -82,13 +89,30 @@ class Planning(Cutting):
             return
         started = time.perf_counter()
         self.folder.forget("plan")
+        found = []
+        if self._is_guarded:
+            found.append(self._guard(key))
+            merged = self._merged()
         scores = Scores(prune.method, {}, self.pruning_buckets, {}) if merged is None else self._write_scores(merged)
         plan = self._bounded_plan(scores, merged) if self._bounds else self._plan_for(self.request, scores, merged)
-        plan = replace(plan, notes=(*plan.notes, *self._method_notes(scores, plan)))
+        plan = replace(plan, notes=(*plan.notes, *found, *self._method_notes(scores, plan)))
         self.result.plan = self._with_constants(self._with_text(plan), merged)
         write_json(file, self.result.plan.to_dict())
+        self._write_ranking(scores, self.result.plan)
         self.folder.finish("plan", key, started)
         self._check_exports()
+
+    def _write_ranking(self, scores: Scores, plan: Plan) -> None:
+        """Write which experts of each layer matter most and which stay, for servers that prune while they load."""
+        lines = [
+            json.dumps({**ranked, "keep": list(plan.layers[EXPERT][ranked["layer"]].keep)})
+            for ranked in ranked_experts(scores)
+        ]
+        file = self.folder.path / "experts.jsonl"
+        if lines:
+            write_text(file, "\n".join(lines) + "\n")
+        else:
+            file.unlink(missing_ok=True)
 
     def _method_notes(self, scores: Scores, plan: Plan) -> list[str]:
         """Return what the method says of a plan that was made with its scores."""
@@ -104,8 +128,10 @@ class Planning(Cutting):
         inputs += [statistics_digest(self.result.statistics[name]) for name in self.reference_buckets]
         if self.vocabulary is not None:
             inputs += [self.vocabulary.vocabulary.fingerprint, self.vocabulary.merged.fingerprint]
-        if self._bounds:
+        if self._sized_buckets:
             inputs.append(str(self.recipe.evaluate.max_tokens))
+        if self._is_guarded:
+            inputs += [self.source_keys[name] for name in self.pruning_buckets]
         return digest(self.model_fingerprint, inputs, self.recipe.prune.model_dump(), self.checkpoint.dtype.itemsize)
 
     def _plan_for(self, request: Request, scores: Scores, merged: BucketStatistics | None) -> Plan:
@@ -177,7 +203,7 @@ class Planning(Cutting):
             statistics,
             self.checkpoint.geometry,
             self.layer_kinds if kinds is None else kinds,
-            load_tensor=lambda name: parameter(self.dense, name),
+            load_tensor=self._weight,
             options=options,
             seed=self.recipe.prune.seed,
             buckets=self.pruning_buckets,
@@ -190,7 +216,7 @@ class Planning(Cutting):
             impacts=self.impacts.load(),
             masks=self.masks.load(),
             by_bucket={name: self._records_of(name) for name in self.reference_buckets},
-            combine=self.recipe.prune.combine,
+            combine="union" if self.recipe.prune.combine == "union" else "mean",
         )
 
     def _removal_losses(self, depth_method: str, request: Request) -> Mapping[str, Sequence[float]] | None:
@@ -239,6 +265,40 @@ class Planning(Cutting):
         """By bucket, how much its loss may rise; empty where the budget is a size."""
         return self.recipe.loss_bounds()
 
+    @property
+    def _is_guarded(self) -> bool:
+        """Whether the weights of the texts are looked for."""
+        return self.recipe.prune.combine == "guard"
+
+    @property
+    def _sized_buckets(self) -> list[str]:
+        """The buckets whose validation text pruned models are measured on while the plan is made."""
+        return self.pruning_buckets if self._is_guarded else list(self._bounds)
+
+    def _guard(self, key: str) -> str:
+        """Let the texts count as the worst of them needs it; return what to say of that."""
+        prune = self.recipe.prune
+        assert self.mix is not None, "a guard begins with some weights"
+        found = least_worst(
+            self.mix,
+            steps=prune.guard.steps,
+            plan=self._plan_under,
+            measure=lambda plan: self._rises(self._with_constants(plan, self._merged())),
+            refitted=prune.reconstruct != "none" or prune.bias_compensation,
+            file=self.folder.path / "search" / "guard.json",
+            key=key,
+            progress=self.progress,
+        )
+        self._weigh(found.weights)
+        return found.note
+
+    def _plan_under(self, mix: Mapping[str, float]) -> Plan:
+        """Return the plan of the recipe's size with texts that count by these weights, which stay in force."""
+        self._weigh(mix)
+        merged, prune = self._merged(), self.recipe.prune
+        scores = self._score(prune.method, merged, prune.options, prune.depth_method, prune.depth_options)
+        return self._plan_for(self.request, scores, merged)
+
     def _bounded_plan(self, scores: Scores, merged: BucketStatistics | None) -> Plan:
         geometry, shapes = self.checkpoint.geometry, self.checkpoint.shapes
         total = sum(parameters_by_part(shapes, geometry).values())
@@ -264,17 +324,17 @@ class Planning(Cutting):
         return self._plan_for(request, scores, merged)
 
     def _rises(self, plan: Plan) -> dict[str, PairedDifference]:
-        """Return by how much a plan's model loses more than the dense one, per bounded bucket, on validation text."""
+        """Return by how much a plan's model loses more than the dense one, per sized bucket, on validation text."""
         model = self._pruned(plan, None, self._reconstructor(plan))
         tokenizer = self._tokenizer_of(plan)
         return {
             name: relative_rise(self._validation_score(name, model, tokenizer), self._dense_validation[name])
-            for name in self._bounds
+            for name in self._sized_buckets
         }
 
     @cached_property
     def _dense_validation(self) -> dict[str, TextScore]:
-        return {name: self._validation_score(name, self.dense, self.tokenizer) for name in self._bounds}
+        return {name: self._validation_score(name, self.dense, self.tokenizer) for name in self._sized_buckets}
 
     def _validation_score(self, name: str, model: Any, tokenizer: Any) -> TextScore:
         return evaluate_text(
@@ -312,8 +372,9 @@ class Planning(Cutting):
 
     def _with_text(self, plan: Plan) -> Plan:
         """Return the plan with the weights of its texts, and a note where they are few for what is asked of them."""
-        mix, supply = self.recipe.prune.mix, self._supply()
+        mix, supply = self.mix, self._supply()
         notes = [*width_note(self._asked, self.recipe), *(supply.notes() if supply is not None else [])]
+        notes += self.responses.notes(self.calibration_buckets)
         return replace(plan, mix=normalised(mix) if mix else {}, notes=(*plan.notes, *notes))
 
     def _control_plan(self, name: str, plan: Plan) -> Plan:

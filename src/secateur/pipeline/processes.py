@@ -1,4 +1,4 @@
-"""Several processes, as ``accelerate launch`` starts them: one prepares and writes, all of them train."""
+"""Several processes, as ``accelerate launch`` starts them: one prepares and writes, all of them compute."""
 
 from __future__ import annotations
 
@@ -36,6 +36,18 @@ def wait() -> None:
     """Wait until every process is here."""
     if are_several():
         _state().wait_for_everyone()
+
+
+def talk_group() -> Any:
+    """Return the group over which processes tell each other small things, by way of main memory.
+
+    It is a group of its own, so that what a trainer sends at the same time cannot be mistaken for it. All processes
+    must call this.
+    """
+    import torch
+
+    _ = _state()
+    return torch.distributed.new_group(backend="gloo", timeout=_PATIENCE)
 
 
 def _state() -> Any:

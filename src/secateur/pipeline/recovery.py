@@ -242,11 +242,7 @@ class RecoveryStage:
             f"answer:{name}",
             stage_key,
             started,
-            prompts=len(prompts.texts),
-            answers=len(found.responses),
-            empty=found.num_empty,
-            prompts_too_long=found.num_too_long,
-            cut_short=found.num_unended,
+            **found.counts(),
         )
         responses = list(found.responses)
         if student.plan is not None and student.plan.vocabulary is not None:
@@ -255,7 +251,8 @@ class RecoveryStage:
         return restrict(blocks, range(blocks.num_documents), self._share)
 
     def _read(self, name: str, max_tokens: int | None) -> PackedBlocks:
-        return self.texts.read(name, "calibration", max_tokens, whole=max_tokens is None, keep_text=True)
+        how = {"whole": max_tokens is None, "keep_text": True, "as_written": True}
+        return self.texts.read(name, "calibration", max_tokens, **how)
 
     def _chosen(self, name: str, max_tokens: int | None) -> PackedBlocks:
         """Return a domain's training text: the first documents in order of hash, or those that ``select`` chooses."""

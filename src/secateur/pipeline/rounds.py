@@ -20,7 +20,7 @@ from secateur.pipeline import processes
 from secateur.recipe import UNIT_BUDGETS, Recipe, parse_recipe
 from secateur.records.plan import Plan, composed
 from secateur.records.recovery import Recovery
-from secateur.records.units import AXIS_OF
+from secateur.records.units import AXES_OF
 from secateur.store.artifacts import atomic_folder, read_json, write_json
 
 
@@ -179,11 +179,13 @@ def _units(plan: Plan, kind: str) -> tuple[float, float]:
     if kind == "layer":
         layers = len(next(iter(plan.layers.values())))
         return float(layers), float(layers - len(gone))
-    entries = [layer for index, layer in enumerate(plan.layers[AXIS_OF.get(kind, kind)]) if index not in gone]
-    if kind in AXIS_OF:
-        there, left = [layer.num_units > 0 for layer in entries], [bool(layer.keep) for layer in entries]
-        return sum(there) / len(entries), sum(left) / len(entries)
-    entries = [layer for layer in entries if layer.keep]
+    if kind in AXES_OF:
+        parts = zip(*(plan.layers[axis] for axis in AXES_OF[kind] if axis in plan.layers), strict=True)
+        blocks = [entry for index, entry in enumerate(parts) if index not in gone]
+        there = [any(layer.num_units for layer in entry) for entry in blocks]
+        left = [any(layer.keep for layer in entry) for entry in blocks]
+        return sum(there) / len(blocks), sum(left) / len(blocks)
+    entries = [layer for index, layer in enumerate(plan.layers[kind]) if index not in gone and layer.keep]
     return (
         sum(layer.num_units for layer in entries) / len(entries),
         sum(len(layer.keep) for layer in entries) / len(entries),

@@ -40,8 +40,8 @@ from secateur.records.units import (
     LAYER,
     LAYER_UNIT_KINDS,
     QUERY_HEAD,
-    SITE_KINDS,
     SUBLAYER_OF,
+    WHOLE_KINDS,
 )
 from secateur.shrink.apply import Reconstruct
 from secateur.shrink.reconstruct import reconstruct
@@ -453,6 +453,15 @@ def find_counts(
     return search.knapsack(wanted) if request.allocation == "knapsack" else search.search(wanted)
 
 
+def require_dense_layers(geometry: Geometry, allocation: str) -> None:
+    """Raise PlanError where an allocation that measures cuts is asked for in a model with experts."""
+    if geometry.experts and allocation in MEASURED:
+        raise PlanError(
+            f"allocation: {allocation} measures cuts of dense layers, and this {geometry.family.name} model has layers "
+            "with experts. Use another allocation."
+        )
+
+
 def build_choices(
     geometry: Geometry, shapes: Shapes, request: Request, scores: Scores, kinds: Sequence[str]
 ) -> Choices:
@@ -465,11 +474,12 @@ def build_choices(
         scores: of the units.
         kinds: channels, groups, sub-layers and layers that may go; or query heads and channels.
     """
+    require_dense_layers(geometry, request.allocation)
     cut = BlockCut(geometry)
     allowed: dict[str, list[list[int]]] = {}
     for kind in LAYER_UNIT_KINDS:
-        coarser = {SUBLAYER_OF[kind], LAYER} if kind in SITE_KINDS else set()
-        if not ({kind} | coarser) & set(kinds):
+        coarser = {SUBLAYER_OF[kind], LAYER} if kind in WHOLE_KINDS else set()
+        if kind not in geometry.axes or not ({kind} | coarser) & set(kinds):
             continue
         multiple = kept_multiple(geometry, kind, geometry.num_units(kind), request)
         allowed[kind] = []

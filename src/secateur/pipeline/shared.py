@@ -24,6 +24,7 @@ STAGES = (
     "masks:",
     "count:",
     "search:",
+    "prompts:",
     "answer:",
     "recover:text",
     "recover:dense_finetuned",

@@ -14,22 +14,24 @@ out of a linear map's reach, and only the inputs are the pruned ones.
 from __future__ import annotations
 
 import copy
-from collections.abc import Sequence
+from collections.abc import MutableMapping, Sequence
 from contextlib import ExitStack
 from dataclasses import dataclass
 from functools import partial
+from pathlib import Path
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
+from secateur.errors import PlanError
 from secateur.families.geometry import Geometry, UnitAxis
 from secateur.families.schema import SubLayer
 from secateur.pipeline.grams import ModuleReport
 from secateur.progress import Progress, silent
 from secateur.records.blocks import TokenBlocks
 from secateur.records.plan import Plan
-from secateur.records.units import ATTENTION, AXIS_OF, FFN, SUBLAYER_OF
+from secateur.records.units import ATTENTION, AXIS_OF, FFN, MOE_UNIT_KINDS, SUBLAYER_OF
 from secateur.shrink import kept_channels
 from secateur.shrink.reconstruct import choose_reconstruction, reconstruct
 from secateur.shrink.slicing import fold_constants
@@ -37,6 +39,7 @@ from secateur.store.removed import remove_sublayers
 from secateur.stream.hidden import HiddenStates
 from secateur.stream.layers import LayerStream, reader_input, reader_inputs, reader_names, run_layer
 from secateur.stream.sources import LayerSource
+from secateur.stream.spill import SpilledTensors
 from secateur.stream.stand_ins import plain_tensors
 
 RESIDUAL_SHARE = 0.5
@@ -151,8 +154,8 @@ class FittedWeights:
         reports: one entry per projection, in the order of fitting; errors are relative to what was wanted of it.
     """
 
-    weights: dict[str, Tensor]
-    refitted: dict[str, Tensor]
+    weights: MutableMapping[str, Tensor]
+    refitted: MutableMapping[str, Tensor]
     reports: list[ModuleReport]
 
     def __call__(self, axis: UnitAxis, keep: Sequence[int], weight: Tensor) -> Tensor:
@@ -168,6 +171,7 @@ def fit_on_pruned_stream(
     *,
     batch_size: int,
     shares: Sequence[float] | None = None,
+    folder: Path | None = None,
     progress: Progress = silent,
 ) -> FittedWeights:
     """Return the weights of every projection that loses channels, fitted layer after layer.
@@ -180,16 +184,24 @@ def fit_on_pruned_stream(
         batch_size: blocks per forward pass.
         shares: weight of each text's mean, adding up to 1, in the order of the texts and the same for both splits;
             None counts every token the same.
+        folder: where hidden states and fitted weights lie as files as long as they are needed; None keeps them in
+            memory.
         progress: told about finished layers.
 
     Raises:
-        PlanError: too little text for so many channels.
+        ExportError: the disk is full.
+        PlanError: too little text for so many channels, or the plan cuts experts.
     """
     geometry = source.geometry
-    found = FittedWeights({}, {}, [])
+    _require_dense_cuts(plan)
+    found = (
+        FittedWeights({}, {}, [])
+        if folder is None
+        else FittedWeights(SpilledTensors(folder), SpilledTensors(folder), [])
+    )
     with ExitStack() as stack:
         texts = [
-            _start(stack, LayerStream(source, blocks, batch_size), scale)
+            _start(stack, LayerStream(source, blocks, batch_size), scale, folder)
             for split in (fitted, held_out)
             for blocks, scale in zip(split, _scales(split, shares), strict=True)
         ]
@@ -242,8 +254,20 @@ def _fit_reader(
     _put(reader, geometry, keep, chosen)
 
 
+def _require_dense_cuts(plan: Plan) -> None:
+    inside = [kind for kind in MOE_UNIT_KINDS if kind in plan.layers]
+    if inside:
+        raise PlanError(
+            f"reconstruction fits projections that every token goes through alike, and the plan cuts {inside[0]}s, "
+            "whose share in the output is another for each token. Leave reconstruct out."
+        )
+
+
 def _readers(geometry: Geometry, layer: int) -> dict[str, str]:
-    """Return the projections that end the sub-layers of a layer, by sub-layer, by their names inside it."""
+    """Return the projections that end the sub-layers of a layer, by sub-layer, by their names inside it.
+
+    An FFN of experts has none.
+    """
     names = reader_names(geometry, layer)
     there = {sublayer: AXIS_OF[sublayer] for sublayer in (ATTENTION, FFN)}
     return {sublayer: names[kind] for sublayer, kind in there.items() if geometry.axes[kind][layer].num_units}
@@ -273,8 +297,8 @@ def _scales(texts: Sequence[TokenBlocks], shares: Sequence[float] | None) -> lis
     return [share * total / text.num_tokens for text, share in zip(texts, shares, strict=True)]
 
 
-def _start(stack: ExitStack, stream: LayerStream, scale: float) -> _Text:
-    dense, middle, after, pruned = (stack.enter_context(HiddenStates()) for _ in range(4))
+def _start(stack: ExitStack, stream: LayerStream, scale: float, folder: Path | None) -> _Text:
+    dense, middle, after, pruned = (stack.enter_context(HiddenStates(folder)) for _ in range(4))
     text = _Text(stream, dense, middle, after, pruned, scale)
     stream.start(text.dense)
     stream.start(text.pruned)

@@ -13,6 +13,7 @@ from secateur.corpus.packing import restrict
 from secateur.corpus.split import Split
 from secateur.errors import CheckpointError
 from secateur.pipeline.grams import judging_tokens
+from secateur.pipeline.responses import ResponsesStage
 from secateur.progress import Progress, silent
 from secateur.recipe import Recipe
 from secateur.store.checkpoints import Checkpoint
@@ -30,6 +31,7 @@ class Texts:
         seen: the hashes of all documents that must not be in a test text.
         keep_text: keeps the text itself of what is measured, so that another tokenizer can read it.
         progress: told about everything that takes time.
+        responses: gives the calibration text of buckets that the dense model answers; None where there are none.
     """
 
     recipe: Recipe
@@ -39,6 +41,7 @@ class Texts:
     seen: Callable[[], frozenset[int]]
     keep_text: bool
     progress: Progress = silent
+    responses: ResponsesStage | None = None
     _read: dict[tuple[str, Split], PackedBlocks] = field(default_factory=dict)
     _sizing: dict[str, PackedBlocks] = field(default_factory=dict)
 
@@ -101,6 +104,16 @@ class Texts:
         self._sizing[name] = blocks
         return blocks
 
+    def look_at(self, name: str, split: Split) -> None:
+        """Read a split of a bucket, so that too little text is said now; of one that is answered only the prompts."""
+        if self.responses is not None and self._is_answered(name, split):
+            _ = self.responses.prompts(name)
+        else:
+            _ = self.split(name, split)
+
+    def _is_answered(self, name: str, split: Split) -> bool:
+        return split == "calibration" and self.responses is not None and self.responses.has(name)
+
     def has(self, name: str, split: Split) -> bool:
         """Return whether a split was read already."""
         return (name, split) in self._read
@@ -113,8 +126,11 @@ class Texts:
         *,
         whole: bool = False,
         keep_text: bool = False,
+        as_written: bool = False,
     ) -> PackedBlocks:
         """Return a split of a bucket, of another size where one is given.
+
+        The calibration split of a bucket with ``responses`` is what the dense model answers.
 
         Args:
             name: of the bucket.
@@ -122,7 +138,10 @@ class Texts:
             max_tokens: most tokens to take; None for as many as the recipe says.
             whole: takes all tokens there are.
             keep_text: keeps the text of a calibration split too.
+            as_written: takes the records' own text, whoever answers them.
         """
+        if self.responses is not None and self._is_answered(name, split) and not as_written:
+            return self.responses.blocks(name, None if whole else max_tokens or self._max_tokens(split))
         exclude: Collection[int] = frozenset()
         if split == "test":
             exclude = self.seen()

@@ -185,6 +185,8 @@ class Training(Planning, ABC):
         if self._control is not None and self._control[0] == name:
             return self._control[1]
         control = self._control_plan(name, plan)
+        if self.is_by_layer:
+            return self._control_on_disk(control)
         model = self._pruned(control, None, self._reconstructor(control))
         size = memory_bytes(model) // model.dtype.itemsize * self.checkpoint.dtype.itemsize
         found = Candidate(model, size, self._tokenizer_of(control))
@@ -203,6 +205,7 @@ class Training(Planning, ABC):
             self.recipe.prune.seed,
             self.progress,
             self.result.reused,
+            self.ranks,
         )
 
     def _evaluation_key(self, name: str, plan: Plan | None) -> str:

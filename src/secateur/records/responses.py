@@ -52,7 +52,7 @@ class Response:
 
 @dataclass(frozen=True, slots=True)
 class Responses:
-    """The answers to a list of prompts.
+    """The answers to a list of prompts, or to the first of them where answers were enough before its end.
 
     Attributes:
         responses: those that say something, in the order of the prompts.
@@ -65,3 +65,13 @@ class Responses:
     num_empty: int
     num_too_long: int
     num_unended: int
+
+    def counts(self) -> dict[str, int]:
+        """Return how many there are of each, as a manifest records them."""
+        return {
+            "prompts": len(self.responses) + self.num_empty + self.num_too_long,
+            "answers": len(self.responses),
+            "empty": self.num_empty,
+            "prompts_too_long": self.num_too_long,
+            "cut_short": self.num_unended,
+        }

@@ -351,7 +351,7 @@ def _run(
     """Run a model; the output head, the most expensive part of a small model, sees the given positions only."""
     weight = next(model.parameters())
     ids = batch.input_ids if translate is None else translate(batch.input_ids)
-    inputs = packed_inputs(ids, batch.position_ids, family, weight)
+    inputs = packed_inputs(ids, batch.position_ids, family, model)
     with _residual_streams(decoder_layers(model, family), layers) as states:
         logits: Tensor = model(**inputs, logits_to_keep=index.to(weight.device)).logits
     return _Told(logits, [states[layer] for layer in layers])

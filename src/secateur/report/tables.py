@@ -19,13 +19,17 @@ from secateur.records.evaluation import (
 from secateur.records.plan import Plan, VocabularyPlan, format_ranges
 from secateur.records.units import (
     ATTENTION,
-    AXIS_OF,
+    AXES_OF,
+    EXPERT,
+    EXPERT_CHANNEL,
     FFN,
     FFN_CHANNEL,
     GQA_GROUP,
     LAYER,
     PARTS,
     QUERY_HEAD,
+    SHARED_CHANNEL,
+    SUBLAYER_OF,
     UNIT_NAMES,
     VOCABULARY,
 )
@@ -133,6 +137,9 @@ _PARTS_OF = {
     FFN_CHANNEL: ("ffn",),
     GQA_GROUP: ("attention",),
     QUERY_HEAD: ("attention",),
+    EXPERT: ("ffn",),
+    EXPERT_CHANNEL: ("ffn",),
+    SHARED_CHANNEL: ("ffn",),
     VOCABULARY: ("embedding", "head"),
 }
 
@@ -155,7 +162,8 @@ def cut_table(plan: Plan) -> Table:
     counts = {
         kind: (sum(layer.num_removed for layer in layers), sum(layer.num_units for layer in layers))
         for kind, layers in plan.layers.items()
-        if kind != GQA_GROUP or QUERY_HEAD not in plan.layers  # then groups go only with their sub-layers
+        if (kind != GQA_GROUP or QUERY_HEAD not in plan.layers)  # then groups go only with their sub-layers
+        and any(layer.num_units for layer in layers)
     }
     if plan.vocabulary is not None:
         counts[VOCABULARY] = (plan.vocabulary.num_removed, plan.vocabulary.num_tokens)
@@ -164,7 +172,11 @@ def cut_table(plan: Plan) -> Table:
     for kind, (gone, total) in counts.items():
         owned = sum(plan.parameters_dense[part] - plan.parameters_pruned[part] for part in _PARTS_OF[kind])
         share = f"{owned / saved:.1%}" if saved else ""
-        rows.append([UNIT_NAMES[kind], f"{gone:,}", f"{total:,}", f"{gone / total:.1%}", f"{owned:,}", share])
+        beside = [other for other in counts if SUBLAYER_OF.get(other) == FFN == SUBLAYER_OF.get(kind)]
+        if len(beside) > 1:  # the plan does not say how much of the FFNs each of them owned
+            share = f"{share} in all ({', '.join(UNIT_NAMES[other] for other in beside)})" if kind == beside[0] else ""
+        shown = f"{owned:,}" if share or not saved or len(beside) < 2 else ""
+        rows.append([UNIT_NAMES[kind], f"{gone:,}", f"{total:,}", f"{gone / total:.1%}", shown, share])
     rows += _block_rows(plan)
     return Table("where the saving came from", ["unit", "removed", "of", "share", "parameters", "of the saving"], rows)
 
@@ -172,7 +184,8 @@ def cut_table(plan: Plan) -> Table:
 def _block_rows(plan: Plan) -> list[list[str]]:
     counts = {LAYER: (len(plan.removed_layers), len(next(iter(plan.layers.values()), ())))}
     for kind in (ATTENTION, FFN):
-        there = sum(layer.num_units > 0 for layer in plan.layers.get(AXIS_OF[kind], ()))
+        parts = zip(*(plan.layers[axis] for axis in AXES_OF[kind] if axis in plan.layers), strict=True)
+        there = sum(any(layer.num_units for layer in entries) for entries in parts)
         counts[kind] = (len(plan.removed_sublayers(kind)), there)
     return [
         [UNIT_NAMES[kind], str(gone), str(total), f"{gone / total:.1%}", "", ""]

@@ -24,6 +24,8 @@ from secateur.files import replacing
 from secateur.records.gradients import OPTIONAL, SUMS, GradientStatistics, UnitGradients
 from secateur.records.impacts import TENSORS, ImpactStatistics, UnitImpacts
 from secateur.records.masks import MaskStatistics, MaskStep
+from secateur.records.routing import EXTREMES, RoutingSums
+from secateur.records.routing import SUMS as ROUTING_SUMS
 from secateur.records.scores import Scores
 from secateur.records.statistics import BucketStatistics, Moments, SequenceSums
 from secateur.records.token_counts import TokenCounts
@@ -156,6 +158,11 @@ def write_statistics(path: Path, statistics: BucketStatistics, metadata: Mapping
     tensors |= {f"sublayer_cosine_sum/{kind}": total for kind, total in statistics.sublayer_cosine_sum.items()}
     for (layer, tap), total in statistics.linear_abs.items():
         tensors[f"linear_abs/{layer}/{tap}"] = total
+    routing_counts = {}
+    for (layer, tap), routing in statistics.routing.items():
+        place = f"routing/{layer}/{tap}"
+        tensors |= {f"{place}/{name}": getattr(routing, name) for name in (*ROUTING_SUMS, *EXTREMES)}
+        routing_counts[place] = routing.count
     plain = {
         "schema_version": STATISTICS_VERSION,
         "num_tokens": statistics.num_tokens,
@@ -164,6 +171,7 @@ def write_statistics(path: Path, statistics: BucketStatistics, metadata: Mapping
         "tokens_per_s": statistics.tokens_per_s,
         "counts": counts,
         "sequence_counts": sequence_counts,
+        "routing_counts": routing_counts,
     }
     _write_tensors(path, tensors, {**plain, **metadata})
 
@@ -189,6 +197,12 @@ def read_statistics(path: Path) -> tuple[BucketStatistics, dict[str, Any]]:
             _site(place): SequenceSums(count, tensors[f"{place}/mean_abs_sq"])
             for place, count in metadata["sequence_counts"].items()
         }
+        routing = {
+            _site(place): RoutingSums(
+                count, **{name: tensors[f"{place}/{name}"] for name in (*ROUTING_SUMS, *EXTREMES)}
+            )
+            for place, count in metadata.get("routing_counts", {}).items()  # older files are of dense models
+        }
         linear = {_site(name): tensor for name, tensor in tensors.items() if name.startswith("linear_abs/")}
         statistics = BucketStatistics(
             num_tokens=metadata["num_tokens"],
@@ -202,6 +216,7 @@ def read_statistics(path: Path) -> tuple[BucketStatistics, dict[str, Any]]:
             documents=tensors["documents"],
             corpus_fingerprint=metadata["corpus_fingerprint"],
             tokens_per_s=metadata["tokens_per_s"],
+            routing=dict(sorted(routing.items())),
         )
     except KeyError as error:
         raise CheckpointError(f"{path} lacks {error}. Delete it and calibrate again.") from None
@@ -393,4 +408,7 @@ def statistics_digest(statistics: BucketStatistics) -> str:
     for (layer, tap), moments in statistics.moments.items():
         state.update(f"{layer}/{tap}/{moments.count}".encode())
         state.update(moments.sum_abs.to(torch.float64).numpy().tobytes())
+    for (layer, tap), routing in statistics.routing.items():
+        state.update(f"{layer}/{tap}/{routing.count}".encode())
+        state.update(torch.cat([getattr(routing, name) for name in (*ROUTING_SUMS, *EXTREMES)]).numpy().tobytes())
     return state.hexdigest()

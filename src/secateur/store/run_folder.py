@@ -13,7 +13,7 @@ from pathlib import Path
 from typing import Any, Protocol, runtime_checkable
 
 from secateur.errors import CheckpointError, ExportError
-from secateur.store.artifacts import read_json, write_json, write_text
+from secateur.store.artifacts import digest, read_json, write_json, write_text
 
 MANIFEST_VERSION = 1
 
@@ -74,6 +74,15 @@ class RunFolder:
         """Write the manifest."""
         if not self.read_only:
             write_json(self.path / "manifest.json", self.manifest)
+
+    def on_disk(self) -> str:
+        """Return what tells the manifest that lies on disk now from others; processes that share a folder agree."""
+        file = self.path / "manifest.json"
+        return digest(file.read_text("utf-8")) if file.is_file() else "nothing"
+
+    def look_again(self) -> None:
+        """Read what another process has finished meanwhile."""
+        self.manifest = _own_manifest(self.path) or self.manifest
 
     def describe(self, **facts: Any) -> None:
         """Record facts about the whole run: versions, fingerprints, seeds."""

@@ -17,31 +17,44 @@ from secateur.records.blocks import BlockBatch
 
 def model_inputs(batch: BlockBatch, family: Family, model: nn.Module) -> dict[str, Any]:
     """Return the keyword arguments that make ``model`` read a packed batch piece by piece."""
-    return packed_inputs(batch.input_ids, batch.position_ids, family, next(model.parameters()))
+    return packed_inputs(batch.input_ids, batch.position_ids, family, model)
 
 
 def packed_inputs(
-    input_ids: Int64[Tensor, "batch seq"], position_ids: Int64[Tensor, "batch seq"], family: Family, weight: Tensor
+    input_ids: Int64[Tensor, "batch seq"], position_ids: Int64[Tensor, "batch seq"], family: Family, model: Any
 ) -> dict[str, Any]:
     """Return the keyword arguments that make a model read packed token ids piece by piece.
 
     Positions restart at every piece. Most families tell pieces apart by those restarts; families whose forward does
-    not look get an explicit mask.
+    not look get an explicit mask, or one per type of attention where layers differ in that.
 
     Args:
         input_ids: the tokens.
         position_ids: position within the piece, from 0.
         family: of the model.
-        weight: any parameter of the model, for its device and dtype.
+        model: that reads them.
     """
+    weight = next(model.parameters())
     inputs: dict[str, Any] = {
         "input_ids": input_ids.to(weight.device),
         "position_ids": position_ids.to(weight.device),
         "use_cache": False,
     }
     if family.packing == "mask":
-        inputs["attention_mask"] = blocked_where(~piece_mask(inputs["position_ids"]), weight)
+        seen = piece_mask(inputs["position_ids"])
+        inputs["attention_mask"] = (
+            blocked_where(~seen, weight) if family.blocks.layer_types is None else _by_type(seen, weight, model.config)
+        )
     return inputs
+
+
+def _by_type(seen: Bool[Tensor, "batch 1 seq seq"], weight: Tensor, config: Any) -> dict[str, Tensor]:
+    """Return the masks of whole attention and of attention to a window of the latest tokens."""
+    near = torch.ones(seen.shape[-2:], dtype=torch.bool, device=seen.device).triu(1 - config.sliding_window)
+    return {
+        "full_attention": blocked_where(~seen, weight),
+        "sliding_attention": blocked_where(~(seen & near), weight),
+    }
 
 
 def blocked_where(blocked: Bool[Tensor, "batch 1 seq seq"], weight: Tensor) -> Float[Tensor, "batch 1 seq seq"]:

@@ -19,6 +19,9 @@ from torch import Tensor
 
 from secateur.store.artifacts import disk_errors
 
+PREFIX = "hidden-states-"
+"""What the names of the folders begin with."""
+
 
 @dataclass(frozen=True, slots=True)
 class _Stored:
@@ -51,7 +54,7 @@ class HiddenStates:
         if folder is not None:
             with disk_errors(folder):
                 folder.mkdir(parents=True, exist_ok=True)
-                self._folder = Path(tempfile.mkdtemp(prefix="hidden-states-", dir=folder))
+                self._folder = Path(tempfile.mkdtemp(prefix=PREFIX, dir=folder))
 
     def __len__(self) -> int:
         return len(self._stored)

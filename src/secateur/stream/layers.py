@@ -38,6 +38,7 @@ from secateur.errors import FamilyError
 from secateur.families.geometry import Geometry
 from secateur.progress import Progress, silent
 from secateur.records.blocks import BlockBatch, TokenBlocks
+from secateur.records.units import FUSED_KINDS
 from secateur.stream.forward import run_backbone, run_logits
 from secateur.stream.hidden import HiddenStates
 from secateur.stream.sources import LayerSource
@@ -120,9 +121,12 @@ def _keep_input(inputs: dict[str, Tensor], name: str, _module: nn.Module, args: 
 
 
 def reader_names(geometry: Geometry, layer: int) -> dict[str, str]:
-    """Return per unit kind that the layer has the name, inside the layer, of the projection that reads the units."""
+    """Return per unit kind that the layer has the name, inside the layer, of the projection that reads the units.
+
+    Routed experts and their channels have none: each expert reads its own tokens, in one module for all.
+    """
     prefix = geometry.layer_name(layer) + "."
-    here = {kind: axes[layer] for kind, axes in geometry.axes.items()}
+    here = {kind: axes[layer] for kind, axes in geometry.axes.items() if kind not in FUSED_KINDS}
     return {kind: axis.reader.removeprefix(prefix) for kind, axis in here.items() if axis.num_units}
 
 

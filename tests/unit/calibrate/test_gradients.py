@@ -20,7 +20,7 @@ from secateur.records.gradients import SUMS, GradientStatistics
 from secateur.records.statistics import SiteKey
 from secateur.score.run import unit_weights
 from tests.blocks import HandMadeBlocks, hand_made_blocks
-from tests.conftest import geometry_of, pico_model
+from tests.conftest import DENSE, geometry_of, pico_model
 
 
 @cache
@@ -79,7 +79,7 @@ def _gradient(parameter: nn.Parameter | None) -> Tensor | None:
     return None if parameter is None else parameter.grad
 
 
-@pytest.mark.parametrize("name", list(families()))
+@pytest.mark.parametrize("name", DENSE)
 def test_sums_equal_automatic_differentiation(name: str) -> None:
     """Mask gradients and products of weights and gradients, per block and unit, biases included."""
     *_, ours = taken(name)

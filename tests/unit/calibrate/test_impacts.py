@@ -17,7 +17,7 @@ from secateur.records.impacts import TENSORS, ImpactStatistics, UnitImpacts, jud
 from secateur.records.units import FFN_CHANNEL, SUBLAYER_OF
 from secateur.stream.forward import run_backbone
 from tests.blocks import HandMadeBlocks, hand_made_blocks, random_documents
-from tests.conftest import geometry_of, pico_model
+from tests.conftest import DENSE, geometry_of, pico_model
 
 NORMED = ("gemma2", "gemma3_text")
 """Families with a norm between a sub-layer and the stream."""
@@ -96,7 +96,7 @@ def brute_force(model: Any, geometry: Geometry, axis: UnitAxis, blocks: HandMade
     return torch.stack(columns, 1).sqrt()
 
 
-@pytest.mark.parametrize("name", list(families()))
+@pytest.mark.parametrize("name", DENSE)
 def test_impacts_equal_removing_each_unit(name: str) -> None:
     """Of the layer's output for FFN channels, of the attention block's for groups and heads, norms after them too."""
     model, geometry, kinds = small(name)

@@ -19,7 +19,7 @@ from secateur.families.loader import families
 from secateur.records.masks import MaskObjective, MaskSettings, MaskStatistics
 from secateur.records.units import FFN_CHANNEL, GQA_GROUP, QUERY_HEAD
 from tests.blocks import HandMadeBlocks, hand_made_blocks
-from tests.conftest import geometry_of, pico_model
+from tests.conftest import DENSE, geometry_of, pico_model
 from tests.pruning import choose_units, logits, plan_keeping, prune
 
 USUAL = MaskSettings(target=0.4, steps=120, learning_rate=0.3, objective="kl")
@@ -80,7 +80,7 @@ def test_the_budget_is_met_over_kinds_of_different_size(target: float) -> None:
     assert gone / total == pytest.approx(masks.removed, abs=1e-12) == pytest.approx(target, abs=0.03)
 
 
-@pytest.mark.parametrize("name", list(families()))
+@pytest.mark.parametrize("name", DENSE)
 def test_a_masked_model_is_the_cut_one(name: str) -> None:
     """Gates of 0 and 1 at the readers and the model without the units have the same logits, in float64."""
     model, geometry = llama(name)
@@ -99,7 +99,7 @@ def test_a_masked_model_is_the_cut_one(name: str) -> None:
     torch.testing.assert_close(masked, logits(cut, tokens), rtol=tolerance, atol=tolerance)
 
 
-@pytest.mark.parametrize("name", list(families()))
+@pytest.mark.parametrize("name", DENSE)
 def test_unit_parameters_are_what_a_cut_saves(name: str) -> None:
     """The cost of one unit in every layer is the difference of two models' sizes, biases included."""
     model, geometry = llama(name)

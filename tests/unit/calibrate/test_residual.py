@@ -14,7 +14,7 @@ from secateur.families.geometry import Geometry
 from secateur.families.loader import families
 from secateur.records.units import ATTENTION, FFN, LAYER
 from tests.blocks import hand_made_blocks
-from tests.conftest import geometry_of, pico_model
+from tests.conftest import DENSE, geometry_of, pico_model
 
 ADDED = {
     "gemma2": ("post_attention_layernorm", "post_feedforward_layernorm"),
@@ -25,7 +25,7 @@ ADDED = {
 }
 """Whose outputs are added to the stream, where they are not called ``self_attn`` and ``mlp``."""
 PARALLEL = {"phi", "gpt_neox"}
-CASES = [(name, name in PARALLEL, {}) for name in families()] + [("gpt_neox", False, {"use_parallel_residual": False})]
+CASES = [(name, name in PARALLEL, {}) for name in DENSE] + [("gpt_neox", False, {"use_parallel_residual": False})]
 
 
 def first(output: Any) -> Tensor:

@@ -7,7 +7,7 @@ from typing import Any
 import pytest
 import torch
 
-from secateur.corpus.responses import renumber_responses, response_blocks
+from secateur.corpus.responses import renumber_responses, response_blocks, responses_split
 from secateur.errors import CorpusError
 from secateur.records.blocks import TokenBlocks
 from secateur.records.responses import Response
@@ -108,3 +108,22 @@ def test_an_end_of_text_that_goes_is_left_out(bos_tokenizer: Any) -> None:
     (left,) = renumber_responses(answers, keep, bos_tokenizer)
     assert left.prompt_ids == (1, 2)
     assert left.response_ids == tuple(bos_tokenizer("é", add_special_tokens=False)["input_ids"])
+
+
+def test_a_split_of_answers_takes_whole_ones_up_to_the_limit() -> None:
+    """Nothing is cut, and the split is that of calibration."""
+    how = {"block_size": 12, "name": "medical", "where": "domain.medical.responses"}
+    whole = responses_split(ANSWERS, HASHES, max_tokens=None, **how)
+    assert (whole.num_tokens, whole.split, whole.name) == (39, "calibration", "medical")
+    for most, taken in ((12, 7), (13, 13), (22, 13), (23, 23), (38, 34), (100, 39)):
+        part = responses_split(ANSWERS, HASHES, max_tokens=most, **how)
+        assert part.num_tokens == taken
+        assert part.documents.tolist() == whole.documents[: part.num_documents].tolist()
+
+
+def test_less_than_a_block_of_answers_is_refused() -> None:
+    how = {"name": "medical", "where": "domain.medical.responses"}
+    with pytest.raises(CorpusError, match=r"2 prompts and their answers have 13 tokens; one block needs 14: .*max_new"):
+        responses_split(ANSWERS[:2], HASHES, block_size=14, max_tokens=None, **how)
+    with pytest.raises(CorpusError, match=r"max_tokens 11 is less than one block of 12 tokens: raise calibrate"):
+        responses_split(ANSWERS, HASHES, block_size=12, max_tokens=11, **how)

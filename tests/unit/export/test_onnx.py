@@ -113,6 +113,8 @@ def test_graphs_of_another_model_are_refused(changes: dict[str, Any], words: str
         plan_onnx({**CONFIG, **changes}, SHAPES)
     with pytest.raises(ExportError, match="no parameters to export"):
         plan_onnx(CONFIG, {})
+    with pytest.raises(ExportError, match="'mixtral' send each token to experts of its own, and an ONNX graph"):
+        plan_onnx({**CONFIG, "model_type": "mixtral"}, SHAPES)
 
 
 def test_missing_packages_are_named(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -17,7 +17,7 @@ from secateur.families.loader import families, family_of
 from secateur.families.schema import Family
 from secateur.records.units import FFN_CHANNEL, GQA_GROUP, QUERY_HEAD
 from secateur.store.checkpoints import resolve_model, save_model
-from tests.conftest import geometry_of
+from tests.conftest import geometry_of, pico_config
 from tests.contract.test_blocks import CUTS, Cut, deep_model, kept_of, pruned_by, token_ids
 from tests.pico import pico_tokenizer
 from tests.pruning import Kept, logits, plan_keeping, prune
@@ -219,3 +219,10 @@ def test_the_plan_looks_at_the_configuration_alone(family: Family) -> None:
     assert family_of(padding.config["model_type"]) == family and "per_layer_config" not in padding.config
     again = plan_padding(padding.config, multiple=8, uniform=True)
     assert [sizes.after for sizes in again.layers] == [sizes.before for sizes in again.layers]
+
+
+def test_models_with_experts_are_not_filled_up() -> None:
+    """A router would choose experts of zeros; what to do instead is said."""
+    config = pico_config(families()["mixtral"]).to_dict()
+    with pytest.raises(ExportError, match=r"a router would choose empty ones\. Use shape: uniform"):
+        plan_padding(config, multiple=8)

@@ -23,7 +23,7 @@ from secateur.records.plan import LayerPlan, Plan
 from secateur.shrink import shrink_config
 from secateur.store.checkpoints import load_tokenizer, resolve_model
 from secateur.store.run_folder import RunFolder
-from tests.conftest import pico_config
+from tests.conftest import DENSE, pico_config
 from tests.pico import save_model_folder
 from tests.pruning import plan_keeping, prune
 from tests.unit.export.test_gguf import folder_of
@@ -119,7 +119,7 @@ def test_names_are_resolved_first() -> None:
 # -- the model -------------------------------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("name", list(families()))
+@pytest.mark.parametrize("name", DENSE)
 @pytest.mark.parametrize("shape", ["uniform", "uneven"])
 def test_a_sample_is_what_the_recipe_may_make(name: str, shape: str) -> None:
     """Its configuration is that of a pruned model: layers differ only where they may, and something goes."""

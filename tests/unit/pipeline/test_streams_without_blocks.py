@@ -9,12 +9,13 @@ import pytest
 import torch
 from torch import Tensor
 
+from secateur.errors import PlanError
 from secateur.families.geometry import Geometry
 from secateur.families.loader import families
 from secateur.pipeline import streams
 from secateur.stream.sources import LoadedLayers
 from tests.blocks import HandMadeBlocks, random_documents
-from tests.conftest import geometry_of, pico_model
+from tests.conftest import DENSE, geometry_of, pico_model
 from tests.pruning import plan_keeping, prune
 
 FFN, GROUPS = "ffn_channel", "gqa_group"
@@ -86,7 +87,7 @@ def test_the_fit_sees_what_the_model_without_blocks_gives(monkeypatch: pytest.Mo
     assert not torch.allclose(got, wanted, rtol=0.1)
 
 
-@pytest.mark.parametrize("name", sorted(families()))
+@pytest.mark.parametrize("name", DENSE)
 def test_the_dense_model_is_a_fixed_point_and_layers_after_a_cut_come_nearer(name: str) -> None:
     """Nothing is refitted before the first cut; after it, fitting brings the outputs nearer to the dense ones."""
     family = families()[name]
@@ -105,3 +106,20 @@ def test_the_dense_model_is_a_fixed_point_and_layers_after_a_cut_come_nearer(nam
     plain, dense = prune(model, plan, geometry), last_hidden(model, token_ids)
     before, after = ((last_hidden(other, token_ids) - dense).square().sum() for other in (plain, fitted))
     assert after < before
+
+
+def test_attention_of_a_model_with_experts_is_fitted_and_cuts_of_experts_are_refused() -> None:
+    """Experts pass on what the pruned attention gives them; nothing fits what only some tokens go through."""
+    family = families()["qwen2_moe"]  # its first layer is dense
+    model = pico_model(family)
+    model.set_experts_implementation("eager")
+    geometry = geometry_of(model, family)
+    texts = HandMadeBlocks(random_documents([24] * 24), [[row] for row in range(24)], 24)
+    source = LoadedLayers(model, geometry)
+    plan = plan_keeping(geometry, {GROUPS: [[0, 2], [0, 1]]}, "uneven")
+    result = streams.fit_on_pruned_stream(source, plan, [texts], [texts], batch_size=4)
+    assert set(result.weights) == {geometry.axes[GROUPS][layer].reader for layer in range(2)}
+    assert set(result.refitted) == {geometry.axes[FFN][0].reader}
+    experts = plan_keeping(geometry, {"expert": [[], range(4)]}, "uneven")
+    with pytest.raises(PlanError, match=r"the plan cuts experts, .*Leave reconstruct out"):
+        streams.fit_on_pruned_stream(source, experts, [texts], [texts], batch_size=4)

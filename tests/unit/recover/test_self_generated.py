@@ -54,7 +54,7 @@ class Answers:
 
     def __call__(self, prompts: list[str] = PROMPTS, seed: int = 0, key: str = "model", **changes: Any) -> Responses:
         """Return the answers; ``changes`` are of the spec."""
-        limit = changes.pop("max_prompt_tokens", None)
+        limit, enough = changes.pop("max_prompt_tokens", None), changes.pop("enough", None)
         spec = ResponsesSpec(**{"prompt": "{question}", "max_new_tokens": 6, "batch_size": 3, **changes})
         self.asked.clear()
         return generate_responses(
@@ -66,6 +66,7 @@ class Answers:
             file=self.file,
             key=key,
             max_prompt_tokens=limit,
+            enough=enough,
         )
 
 
@@ -216,6 +217,31 @@ def test_long_prompts_are_not_asked(answers: Answers) -> None:
     assert [r.index for r in found.responses] == [i for i, length in enumerate(lengths) if length <= limit]
     with pytest.raises(CorpusError, match=r"none of the 7 prompts .* at most 0 tokens fit, and the shortest has"):
         answers(max_prompt_tokens=0)
+
+
+@pytest.mark.parametrize("temperature", [0.0, 1.3])
+def test_no_more_is_asked_than_is_enough_and_more_later_goes_on(answers: Answers, temperature: float) -> None:
+    """Batches are answered until their prompts and answers have the tokens; asking all after that repeats nothing."""
+    whole = answers(temperature=temperature)
+    sizes = [len(r.prompt_ids) + len(r.response_ids) for r in whole.responses]
+    answers.file.unlink()
+    for enough, batches in ((1, 1), (sum(sizes[:3]), 1), (sum(sizes[:3]) + 1, 2), (10**6, 3)):
+        found = answers(temperature=temperature, enough=enough)
+        assert found.responses == whole.responses[: 3 * batches]
+        assert found.counts()["prompts"] == len(found.responses)
+    assert len(answers.asked) == 1  # the last batch alone
+    few = answers(temperature=temperature, enough=1)
+    assert few.responses == whole.responses[:3] and not answers.asked
+
+
+def test_prompts_that_are_too_long_count_as_far_as_was_asked(answers: Answers) -> None:
+    """What comes after the last prompt that was needed is not counted."""
+    lengths = [len(answers.tokenizer(prompt)["input_ids"]) for prompt in PROMPTS]
+    limit = sorted(lengths)[3]
+    asked = [place for place, length in enumerate(lengths) if length <= limit]
+    found = answers(max_prompt_tokens=limit, enough=1, batch_size=2)
+    assert [r.index for r in found.responses] == asked[:2]
+    assert found.num_too_long == asked[1] - 1
 
 
 def test_a_bos_is_put_before_the_prompt_and_no_eos_after_it(tmp_path: Path) -> None:

@@ -71,7 +71,7 @@ def nudge(model: nn.Module) -> Any:
 
 def whole_logits(model: Any, family: Family, batch: TrainingBatch, keep: Tensor | None = None) -> Tensor:
     ids = batch.input_ids if keep is None else keep[batch.input_ids]
-    result: Tensor = model(**packed_inputs(ids, batch.position_ids, family, next(model.parameters()))).logits
+    result: Tensor = model(**packed_inputs(ids, batch.position_ids, family, model)).logits
     return result if keep is None else result[..., keep]
 
 

@@ -181,6 +181,23 @@ def test_whole_layers_and_sub_layers_are_told() -> None:
     assert removed_blocks(plan()) == ""
 
 
+def test_experts_beside_channels_of_dense_layers_are_told_together() -> None:
+    """What each owned is not known, so their saving is said once; kinds that no layer has get no row."""
+    none = LayerPlan(0, ())
+    layers = {
+        "ffn_channel": (LayerPlan(4, (0, 1)), none),
+        "expert": (none, LayerPlan(8, (1, 3))),
+        "shared_channel": (none, none),
+    }
+    assert cut_table(plan(layers=layers)).rows == [
+        ["FFN channels", "2", "4", "50.0%", "500,000", "100.0% in all (FFN channels, experts)"],
+        ["experts", "6", "8", "75.0%", "", ""],
+    ]
+    whole = plan(shape="uneven", layers={**layers, "expert": (none, LayerPlan(8, ()))})
+    assert removed_blocks(whole) == "ffn removed: 1"
+    assert cut_table(whole).rows[-1] == ["FFN sub-layers", "1", "2", "50.0%", "", ""]
+
+
 def test_the_reasons_of_kept_token_ids_are_listed() -> None:
     """One row a reason, then all that stay, then all there were."""
     rows = vocabulary_table(vocabulary_plan()).rows

@@ -5,8 +5,8 @@ from __future__ import annotations
 import pytest
 import torch
 
-from secateur.families.geometry import Segment
-from secateur.shrink.slicing import fold_constants, kept_rows
+from secateur.families.geometry import Segment, TensorSlice
+from secateur.shrink.slicing import fold_constants, kept_entries, kept_rows
 
 
 def test_rows_of_kept_units_stay() -> None:
@@ -55,3 +55,30 @@ def test_contributions_are_accumulated_in_float64() -> None:
     """Large constants that cancel leave the small one between them, which float32 would lose."""
     bias, columns = torch.tensor([0.5]), torch.tensor([[1e8, 1.0, -1e8]])
     assert fold_constants(bias, columns, [1.0, 1.0, 1.0]).tolist() == [1.5]
+
+
+def test_entries_of_stacked_slices_are_kept_per_group() -> None:
+    """Three groups of four units, two entries each from 1 on; every group keeps other units, and the rest stays."""
+    part = TensorSlice("t", dim=1, offset=1, width=2, stacked=True)
+    kept = (0, 3, 5, 6, 8, 9)
+    expected = [[at for at in range(10) if not 1 <= at < 9 or group * 4 + (at - 1) // 2 in kept] for group in range(3)]
+    assert kept_entries([(part, 12, 3, kept)], 3, 10).tolist() == expected
+    plain = TensorSlice("t", dim=0, offset=2, width=1)
+    assert kept_entries([(plain, 4, 2, (1, 2))], 7, 7).tolist() == [0, 1, 3, 4, 6]
+
+
+@pytest.mark.parametrize(
+    ("kept", "num_groups", "size", "words"),
+    [
+        ((0, 1, 4), 2, 4, "groups would keep different numbers"),
+        ((0, 4), 3, 4, "of 2 groups overlap others or exceed 4"),
+        ((0, 4), 2, 3, "of 2 groups overlap others or exceed 3"),
+    ],
+)
+def test_stacked_slices_that_contradict_the_weights_are_noticed(
+    kept: tuple[int, ...], num_groups: int, size: int, words: str
+) -> None:
+    """Other numbers of groups, sizes or kept units are errors that name the tensor."""
+    part = TensorSlice("experts.t", dim=1, offset=0, width=1, stacked=True)
+    with pytest.raises(ValueError, match=rf"experts\.t: .*{words}"):
+        kept_entries([(part, 8, 2, kept)], num_groups, size)

@@ -18,6 +18,8 @@ from torch import Tensor
 from secateur.errors import CheckpointError, ExportError
 from secateur.records.gradients import SUMS, GradientStatistics, UnitGradients
 from secateur.records.masks import MaskStatistics, MaskStep
+from secateur.records.routing import EXTREMES, RoutingSums
+from secateur.records.routing import SUMS as ROUTING_SUMS
 from secateur.records.scores import Scores
 from secateur.records.statistics import BucketStatistics, Moments, SequenceSums
 from secateur.store.artifacts import (
@@ -45,6 +47,11 @@ def draw(size: int, seed: int) -> Tensor:
     return torch.randn(size, dtype=torch.float64, generator=torch.Generator().manual_seed(seed)) / 3
 
 
+def make_routing(seed: int) -> RoutingSums:
+    """Return sums of three experts."""
+    return RoutingSums(7, **{name: draw(3, seed + i) for i, name in enumerate((*ROUTING_SUMS, *EXTREMES))})
+
+
 def make_statistics(seed: int = 0) -> BucketStatistics:
     """Return small statistics with two layers (numbered so that text and number order differ) and two taps."""
     moments = {
@@ -64,6 +71,7 @@ def make_statistics(seed: int = 0) -> BucketStatistics:
         documents=torch.tensor([5, 2**62 + 1]),
         corpus_fingerprint="abc",
         tokens_per_s=12.5,
+        routing={(layer, "expert"): make_routing(seed + layer) for layer in (2, 10)},
     )
 
 
@@ -90,8 +98,8 @@ def same(first: object, second: object) -> bool:
         return list(first) == list(second) and all(same(first[key], second[key]) for key in first)
     if isinstance(first, list) and isinstance(second, list):
         return len(first) == len(second) and all(map(same, first, second))
-    records = BucketStatistics | Moments | SequenceSums | GradientStatistics | UnitGradients | Scores | MaskStatistics
-    if isinstance(first, records):
+    sums = BucketStatistics | Moments | SequenceSums | RoutingSums
+    if isinstance(first, sums | GradientStatistics | UnitGradients | Scores | MaskStatistics):
         assert isinstance(second, type(first))
         return all(same(getattr(first, item.name), getattr(second, item.name)) for item in fields(first))
     return bool(first == second)
@@ -109,6 +117,15 @@ def test_statistics_survive_the_disk(tmp_path: Path) -> None:
     assert metadata["bucket"] == "medical"
     assert metadata["schema_version"] == STATISTICS_VERSION
     assert not same(written, replace(read, num_tokens=8))
+
+
+def test_statistics_of_older_runs_say_nothing_of_experts(tmp_path: Path) -> None:
+    """Files that were written before there were sums of experts are those of dense models, and stay readable."""
+    file = tmp_path / "medical.safetensors"
+    written = replace(make_statistics(), routing={})
+    write_statistics(file, written, {})
+    edit_json(file.with_suffix(".json"), lambda data: data.pop("routing_counts"))
+    assert same(written, read_statistics(file)[0])
 
 
 def test_gradients_survive_the_disk(tmp_path: Path) -> None:
@@ -175,6 +192,8 @@ def test_the_statistics_digest_is_of_the_sums(tmp_path: Path) -> None:
     site = (2, "ffn_channel")
     more = {**statistics.moments, site: replace(statistics.moments[site], count=8)}
     assert statistics_digest(replace(statistics, moments=more)) != statistics_digest(statistics)
+    other = {**statistics.routing, (2, "expert"): make_routing(9)}
+    assert statistics_digest(replace(statistics, routing=other)) != statistics_digest(statistics)
 
 
 # -- damage ----------------------------------------------------------------------------------------------------------

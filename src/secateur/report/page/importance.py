@@ -9,7 +9,7 @@ import numpy as np
 import numpy.typing as npt
 
 from secateur.records.plan import LayerPlan, Plan
-from secateur.records.units import FFN_CHANNEL, GQA_GROUP, QUERY_HEAD
+from secateur.records.units import EXPERT, FFN_CHANNEL, GQA_GROUP, QUERY_HEAD
 
 MAX_BINS = 40
 
@@ -82,12 +82,14 @@ def parameters_by_layer(plan: Plan) -> Mapping[str, Sequence[tuple[float, float]
 
     The plan has totals of all layers and counts of units in each. A unit costs the same in every layer, and so does
     what a sub-layer has besides its units, so two totals give both costs. A part is left out where that does not hold:
-    where the plan does not count its units, or both heads and groups of it go.
+    where the plan does not count its units, both heads and groups of it go, or only some layers have experts.
     """
     found = {}
-    for part, kinds in {"attention": (QUERY_HEAD, GQA_GROUP), "ffn": (FFN_CHANNEL,)}.items():
+    for part, kinds in {"attention": (QUERY_HEAD, GQA_GROUP), "ffn": (FFN_CHANNEL, EXPERT)}.items():
         counted = [plan.layers[kind] for kind in kinds if kind in plan.layers]
         narrowed = [layers for layers in counted if any(layer.is_narrowed for layer in layers)]
+        if EXPERT in kinds and any(layer.num_units for layer in plan.layers.get(EXPERT, ())):
+            counted = [plan.layers[EXPERT]] if all(layer.num_units for layer in plan.layers[EXPERT]) else []
         if counted and len(narrowed) < 2:
             totals = plan.parameters_dense.get(part, 0), plan.parameters_pruned.get(part, 0)
             found[part] = _split((narrowed or counted)[0], *totals)
