@@ -18,11 +18,15 @@ from tests.conftest import pico_model
 from tests.pico import Pico, pico_tokenizer
 
 
-def moe_folder(folder: Path, name: str) -> Path:
+def moe_folder(folder: Path, name: str, dtype: torch.dtype = torch.float32) -> Path:
     """Save a pico model with experts and four layers, with its tokenizer."""
     tokenizer, family = pico_tokenizer(), families()[name]
     layers = str(family.dimensions["num_layers"].config)
-    pico_model(family, torch.float32, vocab_size=len(tokenizer), **{layers: 4}).save_pretrained(folder)
+    model = pico_model(family, dtype, vocab_size=len(tokenizer), **{layers: 4})
+    for key, buffer in model.named_buffers():
+        if key.endswith("e_score_correction_bias"):  # transformers keeps it in float32 whatever the model has
+            model.get_submodule(key.rpartition(".")[0]).e_score_correction_bias = torch.linspace(0.1, 0.3, len(buffer))
+    model.save_pretrained(folder)
     tokenizer.save_pretrained(folder)
     return folder
 
@@ -65,3 +69,33 @@ def test_what_no_router_can_do_is_refused_before_any_text_is_run(pico: Pico, tmp
         prune = {"units": ["layer"], "budget": {"parameters": 0.3}, "allocation": "knapsack", "shape": "uneven"}
         secateur.run({**recipe, "prune": prune})
     assert not (tmp_path / "run/statistics").exists()
+
+
+def test_the_ranking_says_what_stays(pico: Pico, tmp_path: Path) -> None:
+    """Every layer's experts from the most to the least important; those of a plan without routing groups come first."""
+    recipe = pico.recipe(tmp_path / "run", model=str(moe_folder(tmp_path / "moe", "mixtral")))
+    result = secateur.run({**recipe, "prune": {"method": "easy_ep", "budget": {"experts": 0.5}}}, until="plan")
+    assert result.plan is not None
+    lines = [json.loads(line) for line in (tmp_path / "run/experts.jsonl").read_text().splitlines()]
+    assert [line["layer"] for line in lines] == list(range(4))
+    for line, layer in zip(lines, result.plan.layers["expert"], strict=True):
+        assert line["scores"] == sorted(line["scores"], reverse=True)
+        assert sorted(line["experts"][: len(layer.keep)]) == line["keep"] == list(layer.keep)
+    secateur.run({**recipe, "prune": {"budget": {"groups": 0.5}, "method": "random"}}, until="plan")
+    assert not (tmp_path / "run/experts.jsonl").exists()
+
+
+def test_what_a_model_keeps_in_float32_stays_exact(pico: Pico, tmp_path: Path) -> None:
+    """The router's correction of a 16-bit DeepSeek-V3 is cut, not rounded."""
+    dense = moe_folder(tmp_path / "moe", "deepseek_v3", torch.bfloat16)
+    recipe = pico.recipe(tmp_path / "run", model=str(dense))
+    result = secateur.run({**recipe, "prune": {"method": "random", "budget": {"experts": 0.5}}}, until="shrink")
+    assert result.plan is not None
+    layer = next(index for index, entry in enumerate(result.plan.layers["expert"]) if entry.num_removed)
+    name, keep = f"model.layers.{layer}.mlp.gate.e_score_correction_bias", result.plan.layers["expert"][layer].keep
+    with (
+        safe_open(dense / "model.safetensors", "pt") as before,
+        safe_open(tmp_path / "run/model/model.safetensors", "pt") as after,
+    ):
+        assert torch.equal(after.get_tensor(name), before.get_tensor(name)[list(keep)])
+        assert after.get_tensor(name).dtype == torch.float32

@@ -54,6 +54,7 @@ from secateur.store.checkpoints import (
     resolve_model,
     weight_bytes,
 )
+from secateur.store.weights import kept_dtype
 
 _BEFORE_RECOVERY = "This is the model before its training; the trained one was saved as `recovered`. "
 
@@ -142,7 +143,7 @@ class Cutting(Calibration):
             task.advance(1)
         return build_model(
             config,
-            ((name, tensor.to(dtype or tensor.dtype)) for name, tensor in parameters),
+            ((name, tensor.to(kept_dtype(self.dense, name, dtype or tensor.dtype))) for name, tensor in parameters),
             self.dense,
             shrink_generation_config(generation_data(self.dense), plan),
         )

@@ -447,6 +447,28 @@ def generation_data(model: Any) -> dict[str, Any]:
     return data
 
 
+def planned_configuration(config: Mapping[str, Any]) -> Any:
+    """Return transformers' configuration of a pruned model.
+
+    Args:
+        config: plain configuration, ``model_type`` included.
+
+    Raises:
+        PlanError: the model type's configuration class refuses the sizes.
+    """
+    from huggingface_hub.errors import StrictDataclassError
+    from transformers import AutoConfig
+
+    data = {key: value for key, value in config.items() if key not in ("model_type", "transformers_version")}
+    try:
+        return AutoConfig.for_model(config["model_type"], **data)
+    except (StrictDataclassError, ValueError) as error:
+        raise PlanError(
+            f"the configuration of {config['model_type']} refuses the planned sizes: {error} Keep another number of "
+            "units, or use shape: uneven."
+        ) from None
+
+
 def build_model(
     config: Mapping[str, Any],
     parameters: Iterable[tuple[str, Tensor]],
@@ -465,17 +487,9 @@ def build_model(
         CheckpointError: names or shapes do not fit the configuration.
         PlanError: the model type's configuration class refuses the sizes.
     """
-    from huggingface_hub.errors import StrictDataclassError
-    from transformers import AutoConfig, AutoModelForCausalLM, GenerationConfig
+    from transformers import AutoModelForCausalLM, GenerationConfig
 
-    data = {key: value for key, value in config.items() if key not in ("model_type", "transformers_version")}
-    try:
-        configuration = AutoConfig.for_model(config["model_type"], **data)
-    except (StrictDataclassError, ValueError) as error:
-        raise PlanError(
-            f"the configuration of {config['model_type']} refuses the planned sizes: {error} Keep another number of "
-            "units, or use shape: uneven."
-        ) from None
+    configuration = planned_configuration(config)
     configuration._attn_implementation = dense.config._attn_implementation
     with torch.device("meta"):
         model = AutoModelForCausalLM.from_config(configuration, dtype=dense.dtype)

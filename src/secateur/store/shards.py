@@ -18,8 +18,9 @@ from typing import IO, Any
 import torch
 from torch import Tensor
 
-from secateur.errors import CheckpointError, PlanError
+from secateur.errors import CheckpointError
 from secateur.store.artifacts import atomic_folder, disk_errors
+from secateur.store.checkpoints import planned_configuration
 from secateur.store.portable import write_older_keys
 from secateur.store.weights import kept_dtype
 
@@ -97,17 +98,9 @@ def fill_checkpoint(
 
 def _empty_model(config: Mapping[str, Any], generation: Mapping[str, Any] | None) -> Any:
     """Return the model of a plain configuration without weights."""
-    from huggingface_hub.errors import StrictDataclassError
-    from transformers import AutoConfig, AutoModelForCausalLM, GenerationConfig
+    from transformers import AutoModelForCausalLM, GenerationConfig
 
-    data = {key: value for key, value in config.items() if key not in ("model_type", "transformers_version")}
-    try:
-        configuration = AutoConfig.for_model(config["model_type"], **data)
-    except (StrictDataclassError, ValueError) as error:
-        raise PlanError(
-            f"the configuration of {config['model_type']} refuses the planned sizes: {error} Keep another number of "
-            "units, or use shape: uneven."
-        ) from None
+    configuration = planned_configuration(config)
     with torch.device("meta"):
         model = AutoModelForCausalLM.from_config(configuration)
     if generation is not None:
