@@ -321,7 +321,7 @@ def test_bfloat16_products_train_float32_weights(name: str, tmp_path: Path) -> N
     family = families()[name]
     model = pico_model(family, torch.float32)
     before = weights(model)
-    options = spec(precision="bfloat16", learning_rate=1e-5, epochs=1)
+    options = spec(precision="bfloat16", learning_rate=1e-4, epochs=1)
     examples = lessons()
     batch = whole_batch(examples)
 
