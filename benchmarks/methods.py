@@ -84,7 +84,15 @@ class _Bench:
         file = self.store / f"{name.replace(' ', '_').replace(',', '')}.json"
         if not file.is_file():
             tokens = test_tokens or self.recipe["evaluate"]["max_tokens"]
-            recipe = {**self.recipe, "prune": dict(prune), "evaluate": {"max_tokens": tokens, "controls": []}}
+            options = prune.get("options", {})
+            named = METHODS[prune.get("method", "activation_norm")].named_buckets(options)
+            buckets = list(dict.fromkeys([self.domain, *named]))
+            recipe = {
+                **self.recipe,
+                "calibrate": {**self.recipe["calibrate"], "buckets": buckets},
+                "prune": {"buckets": [self.domain], **prune} if len(buckets) > 1 else dict(prune),
+                "evaluate": {"max_tokens": tokens, "controls": []},
+            }
             result = secateur.run(recipe)
             assert result.evaluation is not None
             write_json(file, {"summary": result.summary, "evaluation": result.evaluation.to_dict()})
