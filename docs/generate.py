@@ -71,7 +71,8 @@ def families_page() -> str:
                 cells.append("")
                 continue
             axis = family_axis(family, kind)
-            rule = f"; uniform shape: {axis.divisor.number} must divide {axis.divisor.of}" if axis.divisor else ""
+            where = "" if axis.divisor and axis.divisor.always else "uniform shape: "
+            rule = f"; {where}{axis.divisor.number} must divide {axis.divisor.of}" if axis.divisor else ""
             cells.append(f"no: {axis.fixed}" if axis.fixed else f"yes{rule}")
         lines.append(f"| {name} | {', '.join(f'`{t}`' for t in family.model_types)} | {' | '.join(cells)} |")
     lines += [""]

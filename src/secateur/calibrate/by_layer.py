@@ -84,6 +84,7 @@ def _listening(module: nn.Module, layer: str, listeners: Sequence[Listener]) -> 
                     outputs=_inside(taps.outputs, layer),
                     through=_inside(taps.through, layer),
                     instead=_inside(taps.instead, layer),
+                    modules=_inside(taps.modules, layer),
                 )
             )
         return stack.pop_all()

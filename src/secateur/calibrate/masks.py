@@ -8,7 +8,8 @@ every step from a hard-concrete distribution (Louizos, Welling and Kingma 2018, 
     z = clamp(s * (ZETA - GAMMA) + GAMMA, 0, 1)
     P(z > 0) = sigmoid(log_alpha - BETA * log(-GAMMA / ZETA))
 
-Only log_alpha is trained, by Adam; the weights stay as they are. The size is held by Lagrange multipliers, as in Wang
+Log_alpha is trained by Adam; the weights stay as they are, or adapters beside them learn from the same gradients of the
+same blocks, as in ATP (2024, arXiv 2412.14426). The size is held by Lagrange multipliers, as in Wang
 et al. 2020 (arXiv 1910.04732) and CoFi (Xia et al. 2022, arXiv 2204.00408): with r the expected share of the units'
 parameters that goes and t the target, which rises in a straight line over the first part of the steps,
 
@@ -16,16 +17,17 @@ parameters that goes and t the target, which rises in a straight line over the f
 
 Where we differ. c makes the multipliers pure numbers: it is the usual length of the objective's gradient over that of
 r's, so that at l1 = 1 both pull alike, whatever the objective's scale and the number of units. And l2 does not begin at
-0: a few hundred steps are too few for multipliers that only grow by what is missing.
+0: a few hundred steps are too few for multipliers that only grow by what is missing. An adapter sees what its layer
+sees, gates included, where ATP gates the frozen weight alone: so nothing has to drive adapters to 0 where units go.
 """
 
 from __future__ import annotations
 
 import math
-from collections.abc import Collection, Iterator, Mapping, Sequence
-from contextlib import ExitStack, contextmanager
+from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
+from contextlib import AbstractContextManager, ExitStack, contextmanager, nullcontext
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, Protocol, runtime_checkable
 
 import torch
 from jaxtyping import Float
@@ -37,7 +39,7 @@ from secateur.errors import CheckpointError, ConfigError, CorpusError
 from secateur.families.geometry import Geometry, UnitAxis
 from secateur.progress import Progress, silent
 from secateur.records.blocks import BlockBatch, TokenBlocks
-from secateur.records.masks import MaskSettings, MaskStatistics, MaskStep
+from secateur.records.masks import LowRank, MaskSettings, MaskStatistics, MaskStep
 from secateur.records.units import SiteKey
 from secateur.stream.forward import run_logits
 
@@ -58,6 +60,31 @@ MULTIPLIER_RATE = 0.01
 
 KEPT = 0.9
 """Share of the past in the running mean of the squared length of the objective's gradient."""
+
+ADAPTER_NORM = 1.0
+"""Length at which the gradient of all adapters together is cut off."""
+
+
+@runtime_checkable
+class Adapters(Protocol):
+    """Low-rank changes of the weights of a model, which are in it for now."""
+
+    @property
+    def parameters(self) -> list[nn.Parameter]:
+        """What is trained of them."""
+        ...
+
+    def without(self) -> AbstractContextManager[None]:
+        """Let the model run as if they were not there, for as long as the context lasts."""
+        ...
+
+    def learned(self) -> LowRank:
+        """Return what they add to which weights, on the CPU."""
+        ...
+
+
+Adapt = Callable[[Any], AbstractContextManager[Adapters]]
+"""Puts adapters into a model for as long as a context lasts, and leaves the model as it was."""
 
 
 def draw_gates(log_alpha: Float[Tensor, " units"], uniform: Float[Tensor, " units"]) -> Float[Tensor, " units"]:
@@ -158,8 +185,9 @@ def learn_masks(
     progress: Progress = silent,
     label: str = "masks",
     who: str = "the training of masks",
+    adapt: Adapt | None = None,
 ) -> MaskStatistics:
-    """Return how likely every unit's gate is open after training on ``blocks``.
+    """Return how likely every unit's gate is open after training on ``blocks``, and what adapters learned beside it.
 
     One block runs at a time, in an order that is drawn anew for every round of the text. Besides the model, memory
     holds the activations of one block and its logits, twice for the ``kl`` objective.
@@ -176,6 +204,7 @@ def learn_masks(
         progress: told about finished steps.
         label: name of the work for ``progress``.
         who: who needs masks, for messages.
+        adapt: puts in the adapters that are trained too, as ``settings.lora`` says; None where the weights stay.
 
     Raises:
         ConfigError: weights are quantised or in float16, or the kinds are parts of each other.
@@ -191,12 +220,14 @@ def learn_masks(
     batches, num_tokens = _first_blocks(blocks, max_tokens, who)
     with differentiated(model), progress(label, settings.steps, "steps") as task:
         gates = _Gates(model, axes, geometry.family.weight_layout, seed)
-        trainer = _Trainer(model, geometry, gates, settings)
-        for index in _order(len(batches), settings.steps, seed):
-            trainer.step(batches[index])
-            task.advance(1)
+        with adapt(model) if adapt is not None else nullcontext() as adapters:
+            trainer = _Trainer(model, geometry, gates, settings, adapters)
+            for index in _order(len(batches), settings.steps, seed):
+                trainer.step(batches[index])
+                task.advance(1)
+            learned = adapters.learned() if adapters is not None else None
         removed = float(gates.removed().detach())
-    return MaskStatistics(num_tokens, removed, gates.probabilities(), tuple(trainer.steps))
+    return MaskStatistics(num_tokens, removed, gates.probabilities(), tuple(trainer.steps), learned)
 
 
 def _require_apart(axes: Sequence[UnitAxis], who: str) -> None:
@@ -237,8 +268,11 @@ def _order(count: int, steps: int, seed: int) -> Iterator[int]:
 class _Trainer:
     """Takes the steps; ``steps`` says how each went."""
 
-    def __init__(self, model: Any, geometry: Geometry, gates: _Gates, settings: MaskSettings) -> None:
+    def __init__(
+        self, model: Any, geometry: Geometry, gates: _Gates, settings: MaskSettings, adapters: Adapters | None
+    ) -> None:
         self._model, self._geometry, self._gates, self._settings = model, geometry, gates, settings
+        self._adapters = _AdapterTraining(adapters, settings) if adapters is not None else None
         self._multipliers = gates.log_alpha.new_tensor([0.0, FIRST_CURVE])
         self._slope_sq = torch.zeros_like(self._multipliers[0])
         self._lower = torch.optim.Adam([gates.log_alpha], lr=settings.learning_rate)
@@ -263,7 +297,10 @@ class _Trainer:
         self.steps.append(MaskStep(value, float(removed.detach()), target))
 
     def _update(self, objective: Float[Tensor, ""], removed: Float[Tensor, ""], target: float) -> None:
-        (slope,) = torch.autograd.grad(objective, self._gates.log_alpha)
+        learned = self._adapters.parameters if self._adapters is not None else []
+        slope, *slopes = torch.autograd.grad(objective, [self._gates.log_alpha, *learned])
+        if self._adapters is not None:
+            self._adapters.step(slopes)
         (growth,) = torch.autograd.grad(removed, self._gates.log_alpha)
         gap = target - removed.detach()
         self._slope_sq = self._slope_sq.lerp(slope.square().sum(), 1.0 - KEPT)
@@ -282,11 +319,32 @@ class _Trainer:
         if self._settings.objective == "loss":
             with gated(self._model, self._geometry, gates):
                 return block_loss(self._model, batch, self._geometry)
-        with torch.no_grad():
+        with torch.no_grad(), self._adapters.without() if self._adapters is not None else nullcontext():
             dense = _predictions(self._model, batch, self._geometry)
         with gated(self._model, self._geometry, gates):
             ours = _predictions(self._model, batch, self._geometry)
         return nn.functional.kl_div(ours, dense, log_target=True, reduction="sum") / len(ours)
+
+
+class _AdapterTraining:
+    """Moves adapters along the objective's gradient, by steps that become smaller along half a cosine."""
+
+    def __init__(self, adapters: Adapters, settings: MaskSettings) -> None:
+        assert settings.lora is not None, "adapters come with their settings"
+        self.parameters, self.without = adapters.parameters, adapters.without
+        steps = settings.steps
+        self._optimizer = torch.optim.Adam(self.parameters, lr=settings.lora.learning_rate)
+        self._schedule = torch.optim.lr_scheduler.LambdaLR(
+            self._optimizer, lambda step: 0.5 * (1.0 + math.cos(math.pi * step / steps))
+        )
+
+    def step(self, slopes: Sequence[Tensor]) -> None:
+        for parameter, slope in zip(self.parameters, slopes, strict=True):
+            parameter.grad = slope
+        nn.utils.clip_grad_norm_(self.parameters, ADAPTER_NORM)
+        self._optimizer.step()
+        self._schedule.step()
+        self._optimizer.zero_grad()
 
 
 def _predictions(model: Any, batch: BlockBatch, geometry: Geometry) -> Float[Tensor, "rows vocab"]:

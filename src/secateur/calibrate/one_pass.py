@@ -13,7 +13,7 @@ import torch
 from jaxtyping import Bool, Float, Int64
 from torch import Tensor
 
-from secateur.calibrate.taps import Instead, OnPair, OnTensor, tapped
+from secateur.calibrate.taps import Instead, OnModule, OnPair, OnTensor, tapped
 from secateur.errors import CheckpointError, FamilyError
 from secateur.families.geometry import Geometry
 from secateur.progress import Progress
@@ -81,6 +81,7 @@ class Taps:
     outputs: Mapping[str, OnTensor] = field(default_factory=dict)
     through: Mapping[str, OnPair] = field(default_factory=dict)
     instead: Mapping[str, Instead] = field(default_factory=dict)
+    modules: Mapping[str, OnModule] = field(default_factory=dict)
 
 
 @runtime_checkable
@@ -120,7 +121,14 @@ def run_pass(
         for listener in listeners:
             taps = listener.taps()
             stack.enter_context(
-                tapped(model, inputs=taps.inputs, outputs=taps.outputs, through=taps.through, instead=taps.instead)
+                tapped(
+                    model,
+                    inputs=taps.inputs,
+                    outputs=taps.outputs,
+                    through=taps.through,
+                    instead=taps.instead,
+                    modules=taps.modules,
+                )
             )
         for batch in blocks.batches(batch_size):
             tokens = RealTokens(batch.valid, batch.document)

@@ -165,7 +165,10 @@ class RoutingListener:
 
     def taps(self) -> Taps:
         """Return what runs in place of the experts' own forward."""
-        return Taps(instead={experts.module: partial(self._run, experts.layer) for experts in self._experts})
+        return Taps(
+            instead={experts.module: partial(self._run, experts.layer) for experts in self._experts},
+            modules={experts.router: partial(self._ask, experts.layer) for experts in self._experts},
+        )
 
     def start_batch(self, tokens: RealTokens) -> None:
         """Note where the real tokens of the next batch are."""
@@ -173,6 +176,11 @@ class RoutingListener:
 
     def end_batch(self, batch: BlockBatch) -> None:
         """Do nothing: whoever reads the sums asks whether they are finite."""
+
+    def _ask(self, layer: int, router: nn.Module, hidden: Tensor) -> None:
+        assert self._tokens is not None, "no batch was started"
+        real = self._tokens.real(hidden.device).flatten()
+        self._sums[layer].add_logits(router_logits(router, hidden.reshape(len(real), -1)[real]))
 
     def _run(self, layer: int, module: nn.Module, hidden: Tensor, experts: Tensor, gates: Tensor) -> Tensor:
         assert self._tokens is not None, "no batch was started"
@@ -213,17 +221,30 @@ def _num_units(geometry: Geometry, kind: str, layer: int) -> int:
     return geometry.axes[kind][layer].num_units if kind in geometry.axes else 0
 
 
+def router_logits(router: Any, hidden: Float[Tensor, "tokens hidden"]) -> Float[Tensor, "tokens experts"]:
+    """Return what a router's linear map gives the experts for each token, float32 at least."""
+    rows = widened(hidden)
+    bias = getattr(router, "bias", None)
+    with exact_float32():
+        logits: Tensor = rows @ router.weight.to(rows.dtype).T
+    return logits if bias is None else logits + bias.to(rows.dtype)
+
+
 def turned(
     stream: Float[Tensor, "tokens hidden"], added: Float[Tensor, "tokens hidden"], scale: float = 1.0
 ) -> Float[Tensor, " tokens"]:
     """Return per token how far the stream turns by what is added to it, 1 - cosine and at least 0.
 
-    It is computed in float32, for float64 inputs in float64.
+    It is computed in float32, for float64 inputs in float64, from the sine, because 1 - cosine would lose the digits of
+    a small turn.
     """
-    before = widened(stream)
-    after = before.add(widened(added), alpha=scale)
-    lengths = torch.linalg.vector_norm(before, dim=1).mul_(torch.linalg.vector_norm(after, dim=1)).clamp_min_(_SHORT)
-    return (1 - after.mul_(before).sum(1).div_(lengths)).clamp_min_(0.0)
+    before, more = widened(stream), widened(added) * scale
+    along = (more * before).sum(1) / before.square().sum(1).clamp_min(_SHORT)
+    sideways = torch.addcmul(more, before, along[:, None], value=-1)
+    after = more.add_(before)
+    sine = torch.linalg.vector_norm(sideways, dim=1) / torch.linalg.vector_norm(after, dim=1).clamp_min(_SHORT)
+    cosine = (1 - sine.clamp_max_(1.0).square()).sqrt()
+    return torch.where(along < -1, 1 + cosine, sine.square() / (1 + cosine))
 
 
 class _LayerSums:
@@ -236,6 +257,7 @@ class _LayerSums:
         self._sums: Tensor | None = None
         self._extremes: Tensor | None = None
         self._channels: Tensor | None = None
+        self._logits: tuple[Tensor, Tensor] | None = None
         self._num_sequences = 0
 
     def add_pairs(self, pairs: RoutedPairs, real: Bool[Tensor, " tokens"], change: Float[Tensor, " tokens"]) -> None:
@@ -255,6 +277,13 @@ class _LayerSums:
         self._sums = totals if self._sums is None else self._sums + totals
         self._extremes = largest if self._extremes is None else torch.maximum(self._extremes, largest)
 
+    def add_logits(self, logits: Float[Tensor, "tokens experts"]) -> None:
+        """Add what the router gives the experts for the real tokens of a batch."""
+        rows = logits.double()
+        found = rows.sum(0), rows.T @ rows
+        have = self._logits
+        self._logits = found if have is None else (have[0] + found[0], have[1] + found[1])
+
     def add_channels(
         self, pairs: RoutedPairs, real: Bool[Tensor, "blocks seq"], counts: Sequence[int], scratch: Scratch
     ) -> None:
@@ -271,7 +300,8 @@ class _LayerSums:
 
     def routing(self) -> RoutingSums:
         assert self._sums is not None and self._extremes is not None, "nothing was collected"
-        return RoutingSums(self.count, *self._sums.cpu(), *self._extremes.cpu())
+        asked = (None, None) if self._logits is None else (part.cpu() for part in self._logits)
+        return RoutingSums(self.count, *self._sums.cpu(), *self._extremes.cpu(), *asked)
 
     def moments(self) -> Moments:
         assert self._channels is not None, "nothing was collected"

@@ -12,6 +12,7 @@ from torch import Tensor, nn
 
 OnTensor = Callable[[Tensor], None]
 OnPair = Callable[[Tensor, Tensor], None]
+OnModule = Callable[[nn.Module, Tensor], None]
 Instead = Callable[..., Tensor]
 """(module, its positional arguments...) -> its output."""
 
@@ -30,6 +31,7 @@ def tapped(
     outputs: Mapping[str, OnTensor],
     through: Mapping[str, OnPair],
     instead: Mapping[str, Instead] = MappingProxyType({}),
+    modules: Mapping[str, OnModule] = MappingProxyType({}),
 ) -> Iterator[None]:
     """Call the given functions whenever the named modules run, for as long as the context lasts.
 
@@ -39,6 +41,7 @@ def tapped(
         outputs: module name -> function of its output.
         through: module name -> function of its first input and its (first) output.
         instead: module name -> what runs in place of its own forward; hooks run as ever.
+        modules: module name -> function of the module itself and its first input.
     """
     with ExitStack() as stack:
         for name, on_input in inputs.items():
@@ -49,6 +52,9 @@ def tapped(
             stack.callback(_hook_through(model.get_submodule(name), on_pair).remove)
         for name, forward in instead.items():
             stack.enter_context(_forward_replaced(model.get_submodule(name), forward))
+        for name, on_module in modules.items():
+            module = model.get_submodule(name)
+            stack.callback(_hook_input(module, partial(on_module, module)).remove)
         yield
 
 

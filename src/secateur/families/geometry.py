@@ -301,6 +301,8 @@ class Geometry:
         if kind == QUERY_HEAD and sizes == {1}:
             return "every key/value head of this model has one query head, which goes with it as a gqa_group"
         reason = family_axis(self.family, kind).fixed
+        if kind == EXPERT_CHANNEL and len({axis.num_groups for axis in self.axes[kind] if axis.num_units}) > 1:
+            return "its layers hold different numbers of experts; cut channels first, and experts of the result"
         if reason is None and not sizes and self.experts:
             return f"no layer of this model has {UNIT_NAMES[kind]}"
         return reason

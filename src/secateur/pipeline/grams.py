@@ -194,11 +194,12 @@ class GramStage:
 
 @dataclass(frozen=True, slots=True)
 class ModuleReport:
-    """How one projection was reconstructed.
+    """How one projection, or the scales of one layer's experts, were reconstructed.
 
     Attributes:
-        module: name of the projection.
-        ridge: relative ridge; None where the dense columns stayed because nothing was better on held-out text.
+        module: name of the projection, or of the module that holds the experts.
+        ridge: relative ridge, infinite where all experts of a layer have one scale; None where all stayed as it was
+            because nothing was better on held-out text.
         error_before: held-out relative squared output error without reconstruction; ``error_after`` with it.
     """
 
@@ -218,12 +219,14 @@ class Reconstructor:
     Attributes:
         fitted: Gram matrices of the calibration text.
         held_out: Gram matrices of the validation text.
-        reports: one entry per projection, in the order in which they were asked for.
+        reports: one entry per projection, in the order in which they were asked for; those of experts come first.
+        scales: by layer, of the routed experts that stay, where some fitted better than 1.
     """
 
     fitted: Grams
     held_out: Grams
     reports: list[ModuleReport] = field(default_factory=list)
+    scales: Mapping[int, Tensor] = field(default_factory=dict)
 
     def __call__(self, axis: UnitAxis, keep: Sequence[int], weight: Tensor) -> Tensor:
         """Return the weight of the kept channels, out x kept.

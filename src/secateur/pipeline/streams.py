@@ -9,14 +9,17 @@ choice of the ridge are those of ``shrink.reconstruct``. Where we differ: the ta
 output of the projection, given pruned inputs (OSSCAR), came out worse than not looking at the pruned stream at all,
 because what the inputs cannot predict makes the fit shrink. In families with a norm after the sub-layer the stream is
 out of a linear map's reach, and only the inputs are the pruned ones.
+
+Routed experts of a layer that loses some have no such projection. Of them only the scales are fitted, towards the same
+target: what all of them make of the inputs, plus half of what the stream has lost.
 """
 
 from __future__ import annotations
 
 import copy
-from collections.abc import MutableMapping, Sequence
+from collections.abc import Mapping, MutableMapping, Sequence
 from contextlib import ExitStack
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -24,15 +27,18 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from secateur.calibrate.routing import require_plain_experts, run_experts
 from secateur.errors import PlanError
 from secateur.families.geometry import Geometry, UnitAxis
 from secateur.families.schema import SubLayer
+from secateur.pipeline.gates import SlicedRouters, cut_experts, gate_report, gate_sums, token_factors
 from secateur.pipeline.grams import ModuleReport
 from secateur.progress import Progress, silent
 from secateur.records.blocks import TokenBlocks
 from secateur.records.plan import Plan
-from secateur.records.units import ATTENTION, AXIS_OF, FFN, MOE_UNIT_KINDS, SUBLAYER_OF
+from secateur.records.units import ATTENTION, AXIS_OF, EXPERT, FFN, MOE_UNIT_KINDS, SUBLAYER_OF
 from secateur.shrink import kept_channels
+from secateur.shrink.gates import GateSums, choose_scales
 from secateur.shrink.reconstruct import choose_reconstruction, reconstruct
 from secateur.shrink.slicing import fold_constants
 from secateur.store.removed import remove_sublayers
@@ -151,12 +157,15 @@ class FittedWeights:
     Attributes:
         weights: of those that lost channels, by module, out x kept.
         refitted: of those that lost none but make up for others, by module, out x channels.
-        reports: one entry per projection, in the order of fitting; errors are relative to what was wanted of it.
+        reports: one entry per projection, and one for the experts of a layer that loses some, in the order of fitting;
+            errors are relative to what was wanted.
+        scales: by layer, of the routed experts that stay; layers whose experts stay as they are have none.
     """
 
     weights: MutableMapping[str, Tensor]
     refitted: MutableMapping[str, Tensor]
     reports: list[ModuleReport]
+    scales: MutableMapping[int, Tensor] = field(default_factory=dict)
 
     def __call__(self, axis: UnitAxis, keep: Sequence[int], weight: Tensor) -> Tensor:
         """Return the fitted weight of an axis's reader."""
@@ -171,6 +180,7 @@ def fit_on_pruned_stream(
     *,
     batch_size: int,
     shares: Sequence[float] | None = None,
+    config: Mapping[str, Any] | None = None,
     folder: Path | None = None,
     progress: Progress = silent,
 ) -> FittedWeights:
@@ -184,16 +194,21 @@ def fit_on_pruned_stream(
         batch_size: blocks per forward pass.
         shares: weight of each text's mean, adding up to 1, in the order of the texts and the same for both splits;
             None counts every token the same.
+        config: of the dense model; needed only where experts are cut.
         folder: where hidden states and fitted weights lie as files as long as they are needed; None keeps them in
             memory.
         progress: told about finished layers.
 
     Raises:
         ExportError: the disk is full.
-        PlanError: too little text for so many channels, or the plan cuts experts.
+        PlanError: too little text for so many channels, or the plan cuts channels of experts.
     """
     geometry = source.geometry
     _require_dense_cuts(plan)
+    routers: SlicedRouters | None = None
+    if cut_experts(plan, geometry):
+        assert config is not None, "the pruned model's routers are made from the configuration"
+        routers = SlicedRouters(config, plan, geometry, source.model.dtype)
     found = (
         FittedWeights({}, {}, [])
         if folder is None
@@ -203,7 +218,7 @@ def fit_on_pruned_stream(
         texts = [
             _start(stack, LayerStream(source, blocks, batch_size), scale, folder)
             for split in (fitted, held_out)
-            for blocks, scale in zip(split, _scales(split, shares), strict=True)
+            for blocks, scale in zip(split, token_factors(split, shares), strict=True)
         ]
         task = stack.enter_context(progress("reconstruct on the pruned stream", geometry.num_layers, "layers"))
         for layer in range(geometry.num_layers):
@@ -217,10 +232,71 @@ def fit_on_pruned_stream(
                 for sublayer, name in readers.items():
                     if sublayer not in removed:
                         _fit_reader(found, plan, geometry, layer, sublayer, name, twin, texts, len(fitted))
+                if routers is not None and layer in routers.experts:
+                    _fit_experts(found, routers, geometry, layer, twin, texts, len(fitted))
                 for text in texts:
                     text.advance(twin, layer)
+                if routers is not None:
+                    routers.release()
             task.advance(1)
     return found
+
+
+def _fit_experts(
+    found: FittedWeights,
+    routers: SlicedRouters,
+    geometry: Geometry,
+    layer: int,
+    twin: nn.Module,
+    texts: Sequence[_Text],
+    num_fitted: int,
+) -> None:
+    """Fit the scales of the experts that stay; from then on the twin has no others."""
+    experts, prefix = routers.experts[layer], geometry.layer_name(layer) + "."
+    module: Any = twin.get_submodule(experts.module.removeprefix(prefix))
+    require_plain_experts(module, experts.module)
+    routers.load(layer, twin.get_submodule(routers.block(layer).removeprefix(prefix)))
+    share = RESIDUAL_SHARE if _adds_to_stream(geometry, FFN) else 0.0
+    sums = [_expert_sums(text, twin, layer, module, routers, share) for text in texts]
+    nothing = GateSums.empty(len(routers.keep(layer)))
+    fit = choose_scales(sum(sums[:num_fitted], nothing), sum(sums[num_fitted:], nothing))
+    found.reports.append(gate_report(experts, fit))
+    if fit.ridge is not None:
+        found.scales[layer] = fit.scales
+    every = torch.ones(experts.num_experts, dtype=torch.float64)
+    every[list(routers.keep(layer))] = fit.scales
+
+    def forward(hidden: Tensor, _experts: Tensor, gates: Tensor) -> Tensor:
+        chosen, weights = routers.choose(layer, hidden)
+        added, _ = run_experts(module, hidden, chosen, weights * every.to(weights)[chosen])
+        return added
+
+    module.forward = forward
+
+
+def _expert_sums(
+    text: _Text, twin: nn.Module, layer: int, module: Any, routers: SlicedRouters, share: float
+) -> GateSums:
+    """Return the sums at the experts of the pruned layer, which still has all of them."""
+    total = GateSums.empty(len(routers.keep(layer)))
+    scale = float(getattr(twin, "residual_multiplier", 1.0))  # of what a sub-layer gives, in some families
+    heard: list[tuple[Tensor, Tensor]] = []
+
+    def note(_module: nn.Module, args: tuple[Any, ...], output: Tensor) -> None:
+        heard.append((args[0], output))
+
+    handle = module.register_forward_hook(note)
+    try:
+        for index, (batch, call) in enumerate(text.stream.calls(layer)):
+            with plain_tensors():
+                output = run_layer(twin, text.pruned[index], call)
+                hidden, added = heard.pop()
+                lost = (text.after[index] - output).reshape(added.shape)
+                real = batch.valid.to(added.device).flatten()
+                total += gate_sums(routers, layer, module, hidden, added + share / scale * lost, real)
+    finally:
+        handle.remove()
+    return total.scaled(text.scale)
 
 
 def _fit_reader(
@@ -255,7 +331,7 @@ def _fit_reader(
 
 
 def _require_dense_cuts(plan: Plan) -> None:
-    inside = [kind for kind in MOE_UNIT_KINDS if kind in plan.layers]
+    inside = [kind for kind in MOE_UNIT_KINDS if kind in plan.layers and kind != EXPERT]
     if inside:
         raise PlanError(
             f"reconstruction fits projections that every token goes through alike, and the plan cuts {inside[0]}s, "
@@ -287,14 +363,6 @@ def _adds_to_stream(geometry: Geometry, sublayer: str) -> bool:
     """Return whether a projection's output goes into the residual stream as it is, without a norm after it."""
     branch: SubLayer = getattr(geometry.family.blocks, sublayer)
     return len(branch.norms) <= 1
-
-
-def _scales(texts: Sequence[TokenBlocks], shares: Sequence[float] | None) -> list[float]:
-    """Return the factors that give each text its share of the sums of all of them together."""
-    if shares is None:
-        return [1.0] * len(texts)
-    total = sum(text.num_tokens for text in texts)
-    return [share * total / text.num_tokens for text, share in zip(texts, shares, strict=True)]
 
 
 def _start(stack: ExitStack, stream: LayerStream, scale: float, folder: Path | None) -> _Text:

@@ -55,6 +55,9 @@ class LayerPlan:
             calibration text, with that constant: (channel, value); folded into the projection's bias.
         lowest_kept: lowest score among the kept units (None: the method gave none).
         highest_removed: highest score among the removed units (None: nothing removed).
+        merged: of experts, where those that go are merged into those that stay: for every kept one, in their order, the
+            experts it is made of with their weights, itself among them: (expert, weight). Empty: those that go are
+            dropped.
     """
 
     num_units: int
@@ -62,6 +65,7 @@ class LayerPlan:
     constants: tuple[tuple[int, float], ...] = ()
     lowest_kept: float | None = None
     highest_removed: float | None = None
+    merged: tuple[tuple[tuple[int, float], ...], ...] = ()
 
     def __post_init__(self) -> None:
         if self.keep:
@@ -232,6 +236,8 @@ class Plan:
         for per_layer in data["layers"].values():
             for layer in per_layer:
                 layer["keep"] = format_ranges(layer["keep"])
+                if not layer["merged"]:
+                    del layer["merged"]
         if data["vocabulary"] is not None:
             data["vocabulary"]["keep"] = format_ranges(data["vocabulary"]["keep"])
         return data
@@ -257,6 +263,7 @@ class Plan:
                         constants=tuple((int(c), float(v)) for c, v in layer["constants"]),
                         lowest_kept=layer["lowest_kept"],
                         highest_removed=layer["highest_removed"],
+                        merged=tuple(tuple((int(m), float(w)) for m, w in group) for group in layer.get("merged", ())),
                     )
                     for layer in per_layer
                 )

@@ -3,7 +3,7 @@
 Everything but the largest values is a sum over tokens, so two shards add up. Sums are float64; padding never enters
 them.
 
-Dims: ``experts`` routed experts of one mixture-of-experts (MoE) layer.
+Dims: ``experts`` routed experts of one mixture-of-experts (MoE) layer, ``others`` the same ones.
 """
 
 from __future__ import annotations
@@ -22,6 +22,8 @@ SUMS = ("routed", "gate", "norm", "gate_norm", "gate_norm_change")
 """The fields that are sums over the tokens sent to an expert."""
 EXTREMES = ("max_norm", "max_activation")
 """The fields that are largest values over those tokens; 0 for an expert that no token was sent to."""
+ROUTER_SUMS = ("logits", "logit_products")
+"""The fields that are sums over all tokens of what the router computes; older files lack them."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -41,6 +43,9 @@ class RoutingSums:
         gate_norm_change: sum of g ||e|| s.
         max_norm: largest ||e||.
         max_activation: largest absolute value that entered the expert's down projection.
+        logits: sum over all tokens that the layer saw of what the router gives the expert, before it compares or
+            corrects anything; None where it was not noted.
+        logit_products: sum over the same tokens of the products of two experts' logits.
     """
 
     count: int
@@ -51,18 +56,27 @@ class RoutingSums:
     gate_norm_change: Float64[Tensor, " experts"]
     max_norm: Float64[Tensor, " experts"]
     max_activation: Float64[Tensor, " experts"]
+    logits: Float64[Tensor, " experts"] | None = None
+    logit_products: Float64[Tensor, "experts others"] | None = None
 
     def __add__(self, other: RoutingSums) -> RoutingSums:
-        sums = {name: getattr(self, name) + getattr(other, name) for name in SUMS}
-        extremes = {name: torch.maximum(getattr(self, name), getattr(other, name)) for name in EXTREMES}
-        return RoutingSums(self.count + other.count, **sums, **extremes)
+        both: dict[str, Any] = {name: getattr(self, name) + getattr(other, name) for name in SUMS}
+        both |= {name: torch.maximum(getattr(self, name), getattr(other, name)) for name in EXTREMES}
+        both |= {name: _added(getattr(self, name), getattr(other, name)) for name in ROUTER_SUMS}
+        return RoutingSums(self.count + other.count, **both)
+
+
+def _added(first: Tensor | None, second: Tensor | None) -> Tensor | None:
+    return None if first is None or second is None else first + second
 
 
 def mix_routing(parts: Sequence[RoutingSums], shares: Sequence[float]) -> RoutingSums:
     """Return the sums of a mixture of texts: every sum is first divided by its total over the layer's experts.
 
-    So neither how much text there is nor how loud it is counts, only its share. The total of the mixture is that of all
-    texts together; largest values are those of any text, and ``count`` is what was run.
+    So neither how much text there is nor how loud it is counts among the experts of a layer, only its share. The total
+    of the mixture, by which layers compare, is ``count`` times the weighted mean of the texts' totals per token;
+    largest values are those of any text, and ``count`` is what was run. Of the router's logits, every mean over tokens
+    is the weighted mean of the texts' means.
 
     Source: the rule for several domains of Dong et al. 2025, EASY-EP, arXiv 2504.06792, as its released code has it,
     there for one score and with equal shares.
@@ -72,10 +86,15 @@ def mix_routing(parts: Sequence[RoutingSums], shares: Sequence[float]) -> Routin
         shares: of each text, adding up to 1.
     """
     merged = reduce(add, parts)
-    mixed: dict[str, Any] = {}
-    for name in SUMS:
-        total = float(getattr(merged, name).sum())
-        mixed[name] = _mixed([getattr(part, name) for part in parts], shares) * total
+    scales = [share * merged.count / max(part.count, 1) for part, share in zip(parts, shares, strict=True)]
+
+    def at_equal_lengths(name: str) -> Tensor:
+        return torch.stack([getattr(part, name) * scale for part, scale in zip(parts, scales, strict=True)]).sum(0)
+
+    mixed: dict[str, Any] = {
+        name: _mixed([getattr(part, name) for part in parts], shares) * at_equal_lengths(name).sum() for name in SUMS
+    }
+    mixed |= {name: at_equal_lengths(name) for name in ROUTER_SUMS if getattr(merged, name) is not None}
     return replace(merged, **mixed)
 
 

@@ -28,11 +28,12 @@ from secateur.score import (  # noqa: F401 - importing a method's file registers
     stun,
     taylor,
     tyr,
+    uncurl,
     wanda,
 )
 from secateur.score.combine import require_union, union_note
 from secateur.score.method import METHODS, Evidence, Method, Outcome
-from secateur.score.run import TextRecords, notes_on, rehearse, score_units
+from secateur.score.run import TextRecords, notes_on, rehearse, score_units, with_merged_experts
 
 __all__ = [
     "METHODS",
@@ -45,4 +46,5 @@ __all__ = [
     "require_union",
     "score_units",
     "union_note",
+    "with_merged_experts",
 ]

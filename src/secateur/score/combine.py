@@ -49,6 +49,11 @@ def require_union(method: str, options: Mapping[str, Any], buckets: Sequence[str
             f"combine: union needs two texts that decide, and there is {', '.join(buckets) or 'none'}. Name more under "
             "prune.buckets, or use combine: mean."
         )
+    if METHODS[method].merge is not None:
+        raise ConfigError(
+            f"method {method} merges experts by what they do on all texts together, and combine: union looks at texts "
+            "one by one. Use combine: mean."
+        )
     named = [name for name in METHODS[method].named_buckets(options) if name in buckets]
     if named:
         raise ConfigError(

@@ -12,9 +12,10 @@ from pydantic import TypeAdapter, ValidationError
 from torch import Tensor
 
 from secateur.errors import ConfigError
+from secateur.recipe import MaskLoraSpec
 from secateur.records.gradients import UnitGradients
 from secateur.records.impacts import UnitImpacts
-from secateur.records.masks import MaskSettings
+from secateur.records.masks import AdapterSettings, MaskSettings
 from secateur.records.plan import Plan
 from secateur.records.routing import RoutingSums
 from secateur.records.statistics import Moments, SequenceSums
@@ -125,6 +126,12 @@ class Outcome:
     fingerprints: Mapping[str, str]
 
 
+Merged = tuple[tuple[int, float], ...]
+"""Experts that become one, with their weights in it; the first one stays."""
+
+MergeFunction = Callable[..., Sequence[Merged]]
+"""(evidence, experts that stay, groups of the router, keyword-only options) -> what each of those is made of."""
+
 NotesFunction = Callable[[Outcome], Sequence[str]]
 """What a person should know of a plan that a method made."""
 
@@ -171,6 +178,8 @@ class Method:
             and a unit that neither needs is not the lowest.
         notes: what to say of a plan that was made with it.
         mask: whether it reads trained masks; its options are then those of ``MaskSettings``.
+        merge: for methods of experts that merge those that go into those that stay: says which ones, once a budget says
+            how many stay. Its options are those of ``function``.
     """
 
     name: str
@@ -192,17 +201,24 @@ class Method:
     contrast: bool = False
     notes: NotesFunction | None = None
     mask: bool = False
+    merge: MergeFunction | None = None
 
     def require_kinds(self, kinds: Iterable[str]) -> None:
-        """Raise ConfigError for the first unit kind that the method cannot score; methods that can are listed."""
-        for kind in kinds:
-            if kind not in self.kinds:
-                able = [name for name, method in METHODS.items() if kind in method.kinds]
-                key = "prune.depth_method" if kind in BLOCK_KINDS else "prune.method"
-                raise ConfigError(
-                    f"method {self.name} scores {', '.join(self.kinds)} and cannot score units of kind {kind}. Set "
-                    f"{key} to one of: {', '.join(able)}."
-                )
+        """Raise ConfigError for the first unit kind that the method cannot score; methods that score all are listed."""
+        wanted = list(kinds)
+        missing = next((kind for kind in wanted if kind not in self.kinds), None)
+        if missing is None:
+            return
+        able = [name for name, method in METHODS.items() if set(wanted) <= set(method.kinds)]
+        key = "prune.depth_method" if missing in BLOCK_KINDS else "prune.method"
+        advice = f"Set {key} to one of: {', '.join(able)}"
+        if all(METHODS[name].control for name in able):
+            advice = (
+                f"Only controls score {' and '.join(wanted)} at once; cut one kind, then prune the result for the other"
+            )
+        raise ConfigError(
+            f"method {self.name} scores {', '.join(self.kinds)} and cannot score units of kind {missing}. {advice}."
+        )
 
     def check_options(self, options: Mapping[str, Any]) -> None:
         """Refuse options that the method does not have, or values it does not take.
@@ -259,7 +275,8 @@ class Method:
         own, *others = self._involved(options)
         for method, given in ((own, options), *((other, {}) for other in others)):
             if method.mask:
-                return MaskSettings(**method._values(given))
+                values = method._values(given)
+                return MaskSettings(**{**values, "lora": _adapter_settings(values.get("lora", False))})
         return None
 
     def named_buckets(self, options: Mapping[str, Any]) -> list[str]:
@@ -284,6 +301,15 @@ class Method:
     def _parameters(self) -> dict[str, inspect.Parameter]:
         parameters = inspect.signature(self.function).parameters.values()
         return {p.name: p for p in parameters if p.kind is p.KEYWORD_ONLY}
+
+
+def _adapter_settings(value: bool | Mapping[str, Any]) -> AdapterSettings | None:
+    """Return what an option that was checked says of adapters; True takes the defaults."""
+    if value is False:
+        return None
+    spec = MaskLoraSpec() if value is True else MaskLoraSpec.model_validate(value)
+    targets = spec.targets if isinstance(spec.targets, str) else tuple(spec.targets)
+    return AdapterSettings(spec.rank, spec.alpha, targets, spec.learning_rate)
 
 
 def _listed_values(hint: Any) -> tuple[Any, ...]:
@@ -334,6 +360,7 @@ def register(
     contrast: bool = False,
     notes: NotesFunction | None = None,
     mask: bool = False,
+    merge: MergeFunction | None = None,
 ) -> Callable[[ScoreFunction], ScoreFunction]:
     """Return a decorator that registers a scoring function under ``name``; fields as in ``Method``.
 
@@ -359,6 +386,7 @@ def register(
             contrast,
             notes,
             mask,
+            merge,
         )
         METHODS.add(name, method)
         return function

@@ -20,7 +20,8 @@ from secateur.records.units import EXPERT
 from secateur.score.method import METHODS, Method
 
 Guard = Annotated[float, Field(ge=0.0, allow_inf_nan=False)]
-"""How many times the layer's median the largest activation of a super expert exceeds; 0: there are none."""
+"""How many times the layer's median, of experts that got a token, the largest activation of a super expert exceeds; 0:
+there are none."""
 
 
 def guarded(scores: Float64[Tensor, " experts"], routing: RoutingSums, guard: float) -> Float64[Tensor, " experts"]:
@@ -36,8 +37,10 @@ def guarded(scores: Float64[Tensor, " experts"], routing: RoutingSums, guard: fl
     """
     if guard == 0.0:
         return scores
-    largest = routing.max_activation
-    extreme = largest > guard * largest.median()
+    largest, reached = routing.max_activation, routing.routed > 0
+    if not reached.any():
+        return scores
+    extreme = largest > guard * largest[reached].median()
     spread = float(scores.max() - scores.min()) or 1.0
     return scores + extreme.to(scores.dtype) * (2 * spread)
 

@@ -17,6 +17,7 @@ from secateur.records.gradients import GradientStatistics, UnitGradients
 from secateur.records.gram import Grams
 from secateur.records.impacts import ImpactStatistics, UnitImpacts, judged_alike
 from secateur.records.masks import MaskStatistics
+from secateur.records.plan import LayerPlan, Plan
 from secateur.records.routing import EXTREMES, SUMS, RoutingSums
 from secateur.records.scores import Scores
 from secateur.records.statistics import BucketStatistics, Moments, SequenceSums
@@ -215,6 +216,46 @@ def notes_on(method: str, outcome: Outcome) -> list[str]:
     """Return what a method says of a plan that was made with its scores."""
     notes = METHODS[method].notes
     return [] if notes is None else list(notes(outcome))
+
+
+def with_merged_experts(
+    plan: Plan, scores: Scores, statistics: BucketStatistics, geometry: Geometry, *, load_tensor: LoadTensor, seed: int
+) -> Plan:
+    """Return the plan with the experts that go merged into others, where the method that scored them says so.
+
+    As many experts stay in each layer, though perhaps others.
+
+    Args:
+        plan: made with the scores.
+        scores: of all experts.
+        statistics: the calibration sums behind them.
+        geometry: of the model.
+        load_tensor: parameter by name.
+        seed: for methods that draw.
+
+    Raises:
+        ConfigError: the statistics lack what the method needs.
+    """
+    method = METHODS[scores.method]
+    if method.merge is None or EXPERT not in plan.layers:
+        return plan
+    texts, layers = TextRecords(statistics, tuple(scores.buckets)), list(plan.layers[EXPERT])
+    for index, entry in enumerate(layers):
+        if not entry.is_narrowed:
+            continue
+        axis, values = geometry.axes[EXPERT][index], scores.values[EXPERT][index]
+        evidence = _evidence(method, axis, texts, {}, geometry, load_tensor, seed)
+        merged = sorted(method.merge(evidence, len(entry.keep), axis.num_groups, **scores.options))
+        keep = tuple(members[0][0] for members in merged)
+        gone = sorted(set(range(entry.num_units)) - set(keep))
+        layers[index] = LayerPlan(
+            entry.num_units,
+            keep,
+            lowest_kept=float(values[list(keep)].min()),
+            highest_removed=float(values[gone].max()),
+            merged=tuple(merged),
+        )
+    return replace(plan, layers={**plan.layers, EXPERT: tuple(layers)})
 
 
 def rehearse(

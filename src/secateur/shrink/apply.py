@@ -28,6 +28,7 @@ from secateur.records.units import (
     SUBLAYER_OF,
     WHOLE_KINDS,
 )
+from secateur.shrink.merging import check_merged, merge_experts
 from secateur.shrink.slicing import fold_constants, kept_entries, kept_rows
 from secateur.vocabulary import renumber
 
@@ -43,8 +44,8 @@ def check_plan(plan: Plan, geometry: Geometry) -> None:
     Raises:
         PlanError: family, layers, unit counts or vocabulary differ (both sides are named), the stock configuration
             refuses the counts of a uniform plan, a layer that must have attention loses it, a router cannot work with
-            the experts that stay, groups would keep different numbers of units, or a constant belongs to a channel that
-            stays.
+            the experts that stay, groups would keep different numbers of units, a constant belongs to a channel that
+            stays, or experts are merged into none that stays.
         FamilyError: the family cannot cut units, or take out sub-layers or layers, that the plan removes.
     """
     if plan.family != geometry.family.name:
@@ -69,6 +70,7 @@ def check_plan(plan: Plan, geometry: Geometry) -> None:
             geometry.require_cuttable([kind])
     _check_blocks(plan, geometry)
     _check_groups(plan, geometry)
+    check_merged(plan, geometry)
     gone = set(plan.removed_layers)
     for kind, layers in plan.layers.items():
         stay = [entry for index, entry in enumerate(layers) if index not in gone and entry.keep]
@@ -220,6 +222,7 @@ def shrink_parameters(
 
     Names are the dense ones, except that later layers move up where whole layers go.
 
+    Experts that the plan merges are merged first (``merge_experts``), so those of a layer must come in one run.
     Removed channels that were constant on the calibration text are folded into the bias of the projection that read
     them. Parameters are taken one at a time, so they may be read lazily; a bias must not come before its weight.
 
@@ -242,7 +245,7 @@ def shrink_parameters(
     rows_first = geometry.family.weight_layout == "out_in"
     gone, names = removed_modules(plan, geometry), _NewNames(plan, geometry)
     tokens = None if plan.vocabulary is None else torch.tensor(plan.vocabulary.keep)
-    for name, tensor in parameters:
+    for name, tensor in merge_experts(parameters, plan, geometry):
         module, _, leaf = name.rpartition(".")
         if is_inside(name, gone):
             continue

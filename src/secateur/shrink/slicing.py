@@ -73,9 +73,9 @@ def kept_entries(
 
 
 def scale_experts(
-    parameters: Iterable[tuple[str, Tensor]], geometry: Geometry, factors: Mapping[int, float]
+    parameters: Iterable[tuple[str, Tensor]], geometry: Geometry, factors: Mapping[int, float | Sequence[float]]
 ) -> Iterator[tuple[str, Tensor]]:
-    """Yield the parameters with the output of whole layers of routed experts multiplied by a number.
+    """Yield the parameters with the output of routed experts multiplied by a number, one for a layer or one for each.
 
     Where a router does not make the weights of the chosen experts add up to 1, those of the experts that stay grow as
     others go; a factor below 1 takes that back. It goes into the last projection of every expert and its bias.
@@ -83,22 +83,32 @@ def scale_experts(
     Args:
         parameters: (name, tensor) pairs of a model with that geometry.
         geometry: of the model.
-        factors: per layer index, the factor; layers that are not named stay as they are.
+        factors: per layer index, the factor of all experts or one for each; layers that are not named stay as they are.
 
     Raises:
         PlanError: a factor is for a layer without routed experts, or not a finite number above 0.
     """
-    scaled: dict[str, float] = {}
+    scaled: dict[str, Tensor] = {}
     for layer, factor in factors.items():
         experts = geometry.experts[layer] if 0 <= layer < len(geometry.experts) else None
-        if experts is None or not (math.isfinite(factor) and factor > 0):
+        each = list(factor) if isinstance(factor, Sequence) else [factor]
+        if (
+            experts is None
+            or len(each) not in (1, experts.num_experts)
+            or not all(math.isfinite(one) and one > 0 for one in each)
+        ):
             raise PlanError(
                 f"layer {layer} is to have the output of its experts multiplied by {factor}. Give a number above 0 for "
-                "a layer that has experts."
+                "a layer that has experts, or one for each of them."
             )
-        scaled |= {f"{experts.module}.{leaf}": factor for leaf in ("down_proj", "down_proj_bias")}
+        values = torch.tensor(each, dtype=torch.float64)
+        scaled |= {f"{experts.module}.{leaf}": values for leaf in ("down_proj", "down_proj_bias")}
     for name, tensor in parameters:
-        yield name, (tensor.double() * scaled[name]).to(tensor.dtype) if name in scaled else tensor
+        if name in scaled:
+            shape = [-1] + [1] * (tensor.dim() - 1)
+            yield name, (tensor.double() * scaled[name].to(tensor.device).reshape(shape)).to(tensor.dtype)
+        else:
+            yield name, tensor
 
 
 def fold_constants(

@@ -261,6 +261,16 @@ def test_turning_is_never_negative_and_counts_the_layers_own_scale() -> None:
     torch.testing.assert_close(found, torch.tensor([0.0, 1 - 0.5**0.5, 2.0], dtype=torch.float64), rtol=0, atol=1e-12)
 
 
+def test_a_small_turn_keeps_its_digits() -> None:
+    """Also where one channel of the stream is far larger than all others, as in real models."""
+    generator = torch.Generator().manual_seed(0)
+    stream, added = torch.randn(2, 64, 512, generator=generator, dtype=torch.float64)
+    stream[:, 3] *= 300
+    added *= 1e-4
+    exact = 1 - torch.cosine_similarity(stream, stream + added, dim=1)
+    torch.testing.assert_close(turned(stream.float(), added.float()).double(), exact, rtol=1e-3, atol=0)
+
+
 def test_experts_that_overflow_are_named() -> None:
     """Activations that are not finite say whose they are."""
     model = pico_model(families()["mixtral"], torch.float16)

@@ -83,6 +83,16 @@ def test_the_configuration_says_which_layers_have_experts(changes: dict[str, Any
     ]
 
 
+def test_layers_of_different_numbers_of_experts_keep_their_widths() -> None:
+    """Their channels have no common step; those of layers with equal numbers have one."""
+    key = families()["qwen2_moe"].dimensions["num_experts"].config
+    cut = qwen(per_layer_config={str(layer): {key: 5 + layer % 2} for layer in range(6)})
+    with pytest.raises(FamilyError, match="different numbers of experts; cut channels first"):
+        cut.require_cuttable([EXPERT_CHANNEL])
+    cut.require_cuttable([EXPERT, SHARED_CHANNEL])
+    qwen(mlp_only_layers=[0, 3]).require_cuttable([EXPERT_CHANNEL])
+
+
 def test_what_is_known_of_the_experts_of_a_layer() -> None:
     """Full names, sizes, groups and gates are read from the configuration."""
     assert deepseek(norm_topk_prob=False).experts[2] == RoutedExperts(

@@ -131,6 +131,13 @@ def test_the_guard_puts_super_experts_on_top_in_their_order() -> None:
     assert float(guarded(scores * 0, routing, 10.0)[1]) > 0.0
 
 
+def test_the_guard_compares_with_experts_that_got_a_token() -> None:
+    """Where most got none, those that got some are not all extreme."""
+    scores = torch.tensor([0.0, 1.0, 2.0]).double()
+    assert guarded(scores, made_up(routed=[0, 1, 1], max_activation=[0.0, 1.0, 2.0]), 20.0).tolist() == [0.0, 1.0, 2.0]
+    assert guarded(scores, made_up(routed=[0, 0, 0], max_activation=[0.0, 0.0, 0.0]), 20.0) is scores
+
+
 @pytest.mark.parametrize("method", [name for name in EXPERT_METHODS if name != "stun"])
 def test_the_guard_is_an_option_of_methods_that_look_at_text(method: str) -> None:
     """It is off by default, and refuses what is no multiple."""
@@ -165,7 +172,7 @@ def test_a_mixture_is_the_published_rule_for_several_domains() -> None:
 
 
 def test_mixing_scales_sums_and_keeps_counts_and_largest_values() -> None:
-    """Totals are those of all text; largest values are those of any text, whatever the shares."""
+    """Totals per token are the weighted means of the texts'; largest values are those of any text."""
     texts = shards()
     mixed = mix_buckets(texts, {"long": 0.9, "short": 0.1}).routing[1, EXPERT]
     parts = [found.routing[1, EXPERT] for found in texts.values()]
@@ -174,7 +181,8 @@ def test_mixing_scales_sums_and_keeps_counts_and_largest_values() -> None:
     for name in EXTREMES:
         assert torch.equal(getattr(mixed, name), getattr(merged, name))
     for name in SUMS:
-        torch.testing.assert_close(getattr(mixed, name).sum(), getattr(merged, name).sum())
+        means = [getattr(part, name).sum() / part.count for part in parts]
+        torch.testing.assert_close(getattr(mixed, name).sum() / mixed.count, 0.9 * means[0] + 0.1 * means[1])
     expected = 0.9 * parts[0].routed / parts[0].count + 0.1 * parts[1].routed / parts[1].count
     torch.testing.assert_close(mixed.routed / mixed.count, expected, rtol=1e-12, atol=0)
 
