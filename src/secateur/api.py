@@ -99,7 +99,7 @@ from secateur.recover.examples import TrainingExamples
 from secateur.recover.teacher import Distillation, NextToken
 from secateur.recover.train import train
 from secateur.registry import unknown_name
-from secateur.score import METHODS, Outcome, TextRecords, notes_on, score_units, union_note
+from secateur.score import METHODS, Outcome, TextRecords, notes_on, score_units, union_note, with_merged_experts
 from secateur.shrink import shrink_config, shrink_generation_config, shrink_parameters
 from secateur.store.artifacts import digest
 from secateur.store.checkpoints import build_model, fingerprint_loaded, generation_data, parameter
@@ -535,6 +535,9 @@ def plan(
     )
     if texts is None:
         return made
+    made = with_merged_experts(
+        made, scores, texts.merged, geometry, load_tensor=lambda name: parameter(model, name), seed=spec.seed
+    )
     shares = normalised(texts.mix) if texts.mix else {}
     fingerprints = {name: bucket.corpus_fingerprint for name, bucket in texts.statistics.buckets.items()}
     said = notes_on(scores.method, Outcome(spec.options, scores.values, made, fingerprints)) if kinds else []
@@ -653,6 +656,11 @@ def _reconstructor(plan: Plan, statistics: Statistics, geometry: Geometry) -> Re
     """Return what fits the projections that lose channels, on the text that the plan was made from."""
     cut = [kind for kind, layers in plan.layers.items() if any(layer.is_narrowed for layer in layers)]
     kinds = [kind for kind in cut if kind in geometry.axes]
+    if EXPERT in kinds:
+        raise ConfigError(
+            "the scales of experts that stay are fitted by running text, and statistics hold none. Use a recipe "
+            "(secateur.run) with prune.reconstruct, or leave reconstruct out."
+        )
     if not kinds:
         raise ConfigError("this plan takes no channels from a projection, so nothing can be reconstructed.")
     pipeline.require_buckets(plan.calibrated_on, statistics.buckets, "text that the plan was made from")

@@ -2,10 +2,11 @@
 
 from __future__ import annotations
 
+import hashlib
 import os
 import uuid
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import IO
 
@@ -46,3 +47,38 @@ def replacing(target: Path) -> Iterator[IO[bytes]]:
     """
     with replacing_path(target) as temporary, temporary.open("xb") as output:
         yield output
+
+
+@contextmanager
+def held(folder: Path) -> Iterator[None]:
+    """Keep other processes of this user on this machine out of a folder for as long as they ask too.
+
+    The folder need not be there. Where the system has no locks on files, nothing is kept out.
+
+    Raises:
+        BlockingIOError: another process holds it.
+    """
+    try:
+        import fcntl
+    except ImportError:
+        yield
+        return
+    locks = cache_folder() / "locks"
+    name = hashlib.sha256(os.fsencode(folder.expanduser().resolve())).hexdigest()[:32]
+    with suppress(OSError):
+        locks.mkdir(parents=True, exist_ok=True)
+    try:
+        lock = os.open(locks / name, os.O_CREAT | os.O_RDWR, 0o600)
+    except OSError:
+        yield
+        return
+    try:
+        try:
+            fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError:
+            raise
+        except OSError:
+            pass
+        yield
+    finally:
+        os.close(lock)

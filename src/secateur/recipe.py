@@ -380,9 +380,10 @@ class PruneSpec(_Record):
                 "combine: guard weighs the texts that units of layers are chosen by, and only the vocabulary is cut; "
                 "leave combine out"
             )
-        if self.budget.is_bound:
+        if self.budget.is_bound or self.budget.threshold is not None:
+            found = "a bound on the loss" if self.budget.is_bound else "a threshold"
             raise ValueError(
-                "combine: guard looks for the best mixture at a given size, and a bound on the loss for the size; "
+                f"combine: guard looks for the best mixture at a given size, and {found} for the size; "
                 "find the size first, then give it to the guard as budget: {parameters: ...}"
             )
         if self.allocation in ("knapsack", "search"):
@@ -447,10 +448,12 @@ class PruneSpec(_Record):
                 "prune the result again for the other"
             )
         inside = [kind for kind in self.layer_kinds() if kind in (*_FUSED_KINDS, "shared_channel")]
-        if inside and self.reconstruct != "none":
+        channels = [kind for kind in inside if kind != "expert"]
+        if channels and self.reconstruct != "none":
             raise ValueError(
-                f"reconstruct fits the projections of dense layers, and {inside[0]} is about experts, whose share in "
-                "the output is another for each token; leave reconstruct out"
+                f"reconstruct fits the projections of dense layers, and the scales of experts where whole ones go; "
+                f"{channels[0]} is about channels of experts, whose share in the output is another for each token; "
+                "leave reconstruct out"
             )
         if inside and self.allocation in ("knapsack", "search"):
             raise ValueError(
@@ -508,6 +511,15 @@ class LoraSpec(_Record):
     alpha: Annotated[float, Field(gt=0.0)] = 32.0
     dropout: Annotated[float, Field(ge=0.0, lt=1.0)] = 0.0
     targets: Annotated[list[str], Field(min_length=1)] | Literal["all-linear"] = "all-linear"
+
+
+class MaskLoraSpec(_Record):
+    """Low-rank adapters that are trained together with the gates of ``learned_mask`` and merged before the cut."""
+
+    rank: Annotated[int, Field(ge=1)] = 16
+    alpha: Annotated[float, Field(gt=0.0, allow_inf_nan=False)] = 32.0
+    targets: Annotated[list[str], Field(min_length=1)] | Literal["all-linear"] = "all-linear"
+    learning_rate: Annotated[float, Field(gt=0.0, lt=1.0)] = 1e-3
 
 
 class DistillSpec(_Record):

@@ -75,7 +75,8 @@ def test_the_search_begins_with_the_weights_that_are_given(pico: Pico, tmp_path:
     [
         ({"method": "cus_prun"}, "combine: guard weighs texts as a whole. Use combine: mean"),
         ({"method": "magnitude"}, "method magnitude reads none"),
-        ({"budget": {"max_domain_loss": 0.1}}, "find the size first"),
+        ({"budget": {"max_domain_loss": 0.1}}, "a bound on the loss for the size; find the size first"),
+        ({"budget": {"threshold": 0.1}}, "a threshold for the size; find the size first"),
         ({"allocation": "knapsack", "shape": "uneven"}, "would measure all layers again"),
         ({"units": ["vocabulary"], "budget": {"parameters": 0.1}}, "only the vocabulary is cut"),
         ({"buckets": ["numbers"]}, "guard needs two texts that decide, and there is numbers alone"),

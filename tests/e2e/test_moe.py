@@ -12,7 +12,7 @@ from safetensors import safe_open
 from transformers import AutoModelForCausalLM
 
 import secateur
-from secateur.errors import PlanError
+from secateur.errors import ConfigError, PlanError
 from secateur.families.loader import families
 from tests.conftest import pico_model
 from tests.pico import Pico, pico_tokenizer
@@ -81,6 +81,12 @@ def test_the_ranking_says_what_stays(pico: Pico, tmp_path: Path) -> None:
     for line, layer in zip(lines, result.plan.layers["expert"], strict=True):
         assert line["scores"] == sorted(line["scores"], reverse=True)
         assert sorted(line["experts"][: len(layer.keep)]) == line["keep"] == list(layer.keep)
+    by_hand = json.loads((tmp_path / "run/plan.json").read_text())
+    by_hand["layers"]["expert"][1]["keep"] = "0-3"
+    (tmp_path / "run/plan.json").write_text(json.dumps(by_hand))
+    again = {**recipe, "prune": {"method": "easy_ep", "budget": {"experts": 0.5}}}
+    assert "plan" in secateur.run(again, until="plan").reused
+    assert json.loads((tmp_path / "run/experts.jsonl").read_text().splitlines()[1])["keep"] == [0, 1, 2, 3]
     secateur.run({**recipe, "prune": {"budget": {"groups": 0.5}, "method": "random"}}, until="plan")
     assert not (tmp_path / "run/experts.jsonl").exists()
 
@@ -99,3 +105,64 @@ def test_what_a_model_keeps_in_float32_stays_exact(pico: Pico, tmp_path: Path) -
     ):
         assert torch.equal(after.get_tensor(name), before.get_tensor(name)[list(keep)])
         assert after.get_tensor(name).dtype == torch.float32
+
+
+def facts_of(folder: Path) -> dict[str, Any]:
+    """Return what a run noted of its cut."""
+    found: dict[str, Any] = json.loads((folder / "manifest.json").read_text())["stages"]["shrink"]
+    return found
+
+
+@pytest.mark.parametrize("reconstruct", ["dense", "pruned"])
+def test_experts_that_stay_are_scaled_the_same_by_layer(pico: Pico, tmp_path: Path, reconstruct: str) -> None:
+    """OLMoE's weights do not add up to 1: scales bring its experts back, and one layer at a time does the same."""
+    recipe = pico.recipe(tmp_path / "whole", model=str(moe_folder(tmp_path / "moe", "olmoe")))
+    prune = {"method": "easy_ep", "budget": {"experts": 0.5}, "reconstruct": reconstruct}
+    secateur.run({**recipe, "prune": prune}, until="shrink")
+    found = facts_of(tmp_path / "whole")["reconstruction"]
+    assert found["error_after"] < found["error_before"] and found["projections"] >= 4
+    by_layer = {**recipe, "prune": prune, "memory": "by_layer", "output": str(tmp_path / "layers")}
+    secateur.run(by_layer, until="shrink")
+    plain = {**recipe, "prune": {**prune, "reconstruct": "none"}, "output": str(tmp_path / "plain")}
+    secateur.run(plain, until="shrink")
+    models = [
+        AutoModelForCausalLM.from_pretrained(tmp_path / name / "model", dtype=torch.float32).state_dict()
+        for name in ("whole", "layers", "plain")
+    ]
+    for key, tensor in models[0].items():
+        torch.testing.assert_close(models[1][key], tensor, rtol=1e-3, atol=1e-4)
+        fitted = key.endswith("down_proj") or (reconstruct == "pruned" and key.endswith("o_proj.weight"))
+        assert fitted or torch.equal(models[2][key], tensor)
+    assert not torch.allclose(
+        models[2]["model.layers.0.mlp.experts.down_proj"], models[0]["model.layers.0.mlp.experts.down_proj"], rtol=0.05
+    )
+
+
+def test_experts_and_groups_are_fitted_side_by_side(pico: Pico, tmp_path: Path) -> None:
+    """Gram matrices for projections, scales for experts, in one cut."""
+    recipe = pico.recipe(tmp_path / "run", model=str(moe_folder(tmp_path / "moe", "qwen2_moe")))
+    prune = {"units": ["expert", "gqa_group"], "budget": {"parameters": 0.4}, "reconstruct": "dense"}
+    result = secateur.run({**recipe, "prune": {"method": "random", **prune}})
+    assert result.evaluation is not None and result.plan is not None
+    assert facts_of(tmp_path / "run")["reconstruction"]["projections"] == 7  # four layers, the first one dense
+
+
+def test_experts_are_merged_by_recipe(pico: Pico, tmp_path: Path) -> None:
+    """Planned from the statistics that are there, cut alike with one layer in memory, beside controls that drop."""
+    recipe = pico.recipe(tmp_path / "run", model=str(moe_folder(tmp_path / "moe", "gpt_oss")))
+    prune = {"method": "uncurl", "budget": {"experts": 0.5}}
+    result = secateur.run({**recipe, "prune": prune})
+    assert result.plan is not None and result.evaluation is not None
+    assert set(result.evaluation.models) == {"dense", "pruned", "random"}
+    assert all(len(layer.merged) == 4 for layer in result.plan.layers["expert"])
+    again = secateur.run({**recipe, "prune": prune}, until="plan")
+    assert again.plan == result.plan and "plan" in again.reused
+    secateur.run({**recipe, "prune": prune, "memory": "by_layer", "output": str(tmp_path / "layers")}, until="shrink")
+    models = [
+        AutoModelForCausalLM.from_pretrained(tmp_path / name / "model", dtype=torch.float32).state_dict()
+        for name in ("run", "layers")
+    ]
+    for key, tensor in models[0].items():
+        torch.testing.assert_close(models[1][key], tensor, rtol=1e-4, atol=1e-5)
+    with pytest.raises(ConfigError, match="scales experts that stay as they are, and method uncurl merges"):
+        secateur.run({**recipe, "prune": {**prune, "reconstruct": "dense"}})

@@ -22,6 +22,8 @@ from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer
 
 import secateur
 from secateur.corpus import document_hash, read_documents
+from secateur.errors import ConfigError
+from secateur.files import held
 from secateur.pipeline import RunResult, calibration, cutting, evaluation, planning
 from secateur.recipe import CorpusSpec
 from secateur.records.plan import Plan, format_ranges
@@ -820,6 +822,15 @@ def test_controls_are_cut_with_the_same_care(pico: Pico, tmp_path: Path, monkeyp
             assert [channel for channel, _ in layer.constants] == constant
             assert all(value == pytest.approx(0.5) for _, value in layer.constants)
     assert any(layer.constants for layer in cut["random"].layers[FFN])
+
+
+def test_two_commands_do_not_write_into_one_folder(pico: Pico, tmp_path: Path) -> None:
+    """The second is refused before it touches anything, and works once the first has ended."""
+    recipe = pico.recipe(tmp_path / "run")
+    with held(tmp_path / "run"), pytest.raises(ConfigError, match=r"another command is working in .*run\. Wait"):
+        secateur.run(recipe, until="plan")
+    assert not (tmp_path / "run").exists()
+    assert secateur.run(recipe, until="plan").plan is not None
 
 
 def test_another_seed_is_another_random_control(pico: Pico, copied: Path) -> None:

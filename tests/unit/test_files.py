@@ -7,7 +7,7 @@ from pathlib import Path
 
 import pytest
 
-from secateur.files import CACHE_VARIABLE, cache_folder, replacing, replacing_path
+from secateur.files import CACHE_VARIABLE, cache_folder, held, replacing, replacing_path
 
 
 def test_the_file_appears_only_when_it_is_complete(tmp_path: Path) -> None:
@@ -71,6 +71,18 @@ def test_files_have_ordinary_permissions(tmp_path: Path) -> None:
     finally:
         os.umask(before)
     assert (tmp_path / "a.bin").stat().st_mode & 0o777 == 0o640
+
+
+def test_a_held_folder_is_held_once(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    """Under whatever name it is asked for; it need not be there, nothing is made in it, and it is free again after."""
+    monkeypatch.setenv(CACHE_VARIABLE, str(tmp_path / "cache"))
+    folder = tmp_path / "runs" / "a"
+    with held(folder), held(tmp_path / "runs" / "b"):
+        with pytest.raises(BlockingIOError), held(tmp_path / "runs" / "b" / ".." / "a"):
+            pass
+        assert not folder.exists()
+    with held(folder):
+        pass
 
 
 def test_the_cache_folder_can_be_chosen(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:

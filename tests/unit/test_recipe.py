@@ -231,8 +231,9 @@ def test_unknown_keys_are_refused_with_the_nearest_one(
             "prune: expert and expert_channel are parts of each other, so taking out both is two cuts",
         ),
         (
-            {"prune": {"budget": {"experts": 0.5}, "reconstruct": "dense"}},
-            "prune: reconstruct fits the projections of dense layers, and expert is about experts",
+            {"prune": {"budget": {"expert_channels": 0.5}, "reconstruct": "dense"}},
+            "prune: reconstruct fits the projections of dense layers, and the scales of experts where whole ones go; "
+            "expert_channel is about channels of experts",
         ),
         (
             {"prune": {"units": ["shared_channel"], "budget": {"parameters": 0.1}, "allocation": "search"}},

@@ -30,5 +30,5 @@ def command(**arguments: Any) -> None:
     print_table(curve_table(result.recoveries))
     for recovery in result.recoveries.values():
         click.echo(describe_recovery(recovery))
-    click.echo(f"model: {result.model_folder}  (reloaded from disk and compared)")
+    click.echo(f"model: {result.model_folder}  ({result.checked})")
     click.echo(f"next: secateur evaluate {options.recipe}")

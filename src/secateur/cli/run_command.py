@@ -75,7 +75,7 @@ def show_run(result: RunResult, *, as_json: bool) -> None:
     for note in (*result.plan.notes, *result.notes):
         click.echo(f"note: {note}")
     click.echo(result.summary)
-    click.echo(f"\nmodel:  {result.model_folder}  (reloaded from disk and compared)")
+    click.echo(f"\nmodel:  {result.model_folder}  ({result.checked})")
     for exported in result.exports:
         click.echo(f"export: {exported.path}  ({exported.form}, {format_bytes(exported.size_bytes)})")
         for sentence in exported.sentences():

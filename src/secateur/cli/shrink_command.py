@@ -26,5 +26,5 @@ def command(**arguments: Any) -> None:
         return
     assert result.plan is not None
     print_table(parts_table(result.plan.parameters_dense, result.plan.parameters_pruned))
-    click.echo(f"model: {result.model_folder}  (reloaded from disk and compared)")
+    click.echo(f"model: {result.model_folder}  ({result.checked})")
     click.echo(f"next: secateur evaluate {options.recipe}")

@@ -95,7 +95,9 @@ def require_disk(folder: Path, alone: Sequence[int], together: int, bytes_per_to
 
 
 def remove_leftovers(folder: Path) -> None:
-    """Remove what a run that was killed left in its folder: hidden states, sums, controls."""
-    for prefix in (hidden.PREFIX, spill.PREFIX, CONTROL_PREFIX):
+    """Remove what a run that was killed left in its folder: hidden states, sums, controls, half a file or model."""
+    for prefix in (hidden.PREFIX, spill.PREFIX, CONTROL_PREFIX, ".model-", ".recovered-"):
         for left in folder.glob(f"{prefix}*"):
             shutil.rmtree(left, ignore_errors=True)
+    for unfinished in [*folder.glob(".*.part"), *folder.glob("*/.*.part")]:
+        unfinished.unlink(missing_ok=True)

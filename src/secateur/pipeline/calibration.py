@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import time
 from collections.abc import Collection, Mapping
-from functools import cached_property
+from contextlib import AbstractContextManager
+from functools import cached_property, partial
 from pathlib import Path
 from typing import Any
 
@@ -17,13 +18,15 @@ from secateur.calibrate import (
     collect_with_grams,
     learn_masks,
 )
+from secateur.calibrate.masks import Adapters
 from secateur.corpus import PackedBlocks
+from secateur.corpus.hashes import DocumentHashes
 from secateur.corpus.split import Split, assign_split
 from secateur.pipeline.gradients import GradientStage
 from secateur.pipeline.grams import GramStage, Supply
 from secateur.pipeline.impacts import ImpactStage
 from secateur.pipeline.inputs import Inputs
-from secateur.pipeline.masks import MaskStage
+from secateur.pipeline.masks import LORA_KEY, MaskStage
 from secateur.pipeline.result import versions
 from secateur.pipeline.search import MEASURED
 from secateur.pipeline.sharding import Collected, Order, Passes, first_blocks
@@ -31,8 +34,10 @@ from secateur.pipeline.texts import Texts
 from secateur.records.gradients import GradientStatistics
 from secateur.records.gram import GramsInMemory
 from secateur.records.impacts import ImpactStatistics
-from secateur.records.masks import MaskSettings, MaskStatistics
+from secateur.records.masks import AdapterSettings, MaskSettings, MaskStatistics
 from secateur.records.statistics import BucketStatistics, merge_buckets, mix_buckets
+from secateur.records.units import EXPERT
+from secateur.recover.lora import beside
 from secateur.score import METHODS, TextRecords
 from secateur.store.artifacts import (
     STATISTICS_VERSION,
@@ -63,16 +68,13 @@ class Calibration(Inputs):
         """Return the hashes of the documents of a bucket that decide about a model before it is measured."""
         return self._calibration_documents(name)
 
-    def _seen_documents(self) -> frozenset[int]:
+    def _seen_documents(self) -> DocumentHashes:
         """Return the hashes of every document that is, or in this run will be, calibrated on or counted."""
-        seen: set[int] = set()
-        if self.vocabulary is not None:
-            seen.update(h for counts in self.vocabulary.counts.values() for h in counts.documents.tolist())
-        for name in self.calibration_buckets:
-            seen.update(self._calibration_documents(name))
-        return frozenset(seen)
+        counts = {} if self.vocabulary is None else self.vocabulary.counts
+        counted = [found.documents.numpy() for found in counts.values()]
+        return DocumentHashes(*counted, *map(self._calibration_documents, self.calibration_buckets))
 
-    def _seen_test_documents(self) -> frozenset[int]:
+    def _seen_test_documents(self) -> DocumentHashes:
         """Return those of the seen documents that could be in a test text, if they were not seen.
 
         Where text is split by hash there are none, so that what is measured does not depend on what else was read.
@@ -81,7 +83,7 @@ class Calibration(Inputs):
         if any(spec.test is not None for spec in specs):
             return self._seen_documents()
         shares = {spec.splits.model_dump_json(): spec.splits for spec in specs}.values()
-        return frozenset(
+        return DocumentHashes(
             document
             for document in self._seen_documents()
             if any(assign_split(document, ratios) == "test" for ratios in shares)
@@ -91,10 +93,10 @@ class Calibration(Inputs):
         if self.responses.has(name):
             return self.responses.documents(name)
         if name in self.result.statistics:
-            return set(self.result.statistics[name].documents.tolist())
+            return DocumentHashes(self.result.statistics[name].documents.numpy())
         if self._is_calibrated(name):
-            return set(read_statistics(self._statistics_file(name))[0].documents.tolist())
-        return set(self.texts.split(name, "calibration").documents.tolist())
+            return DocumentHashes(read_statistics(self._statistics_file(name))[0].documents.numpy())
+        return DocumentHashes(self.texts.split(name, "calibration").documents.numpy())
 
     @cached_property
     def grams(self) -> GramStage:
@@ -103,7 +105,7 @@ class Calibration(Inputs):
         measured = prune.reconstruct != "none" and prune.allocation in MEASURED
         needed = prune.reconstruct == "dense" or measured or METHODS[prune.method].reads_grams(prune.options)
         return GramStage(
-            kinds=prune.width_kinds() if needed else [],
+            kinds=[kind for kind in prune.width_kinds() if kind != EXPERT] if needed else [],
             buckets=self.pruning_buckets,
             judged=prune.reconstruct == "dense",
             folder=self.folder,
@@ -192,7 +194,11 @@ class Calibration(Inputs):
             progress=self.progress,
             label=f"masks on {name}",
             who=f"method {self.recipe.prune.method}",
+            adapt=None if settings.lora is None else partial(self._with_adapters, settings.lora),
         )
+
+    def _with_adapters(self, settings: AdapterSettings, model: Any) -> AbstractContextManager[Adapters]:
+        return beside(model, settings, self.checkpoint.geometry.family, self.masks.seed, LORA_KEY)
 
     def _records_of(self, name: str) -> TextRecords:
         """Return what is known of one bucket alone."""
@@ -326,7 +332,7 @@ class Calibration(Inputs):
     def _supply(self) -> Supply | None:
         """Return how much text Gram matrices rest on; None where none are needed or no limit is known yet."""
         wanted = self.layer_kinds if self.recipe.prune.reconstruct == "pruned" else self.grams.kinds
-        kinds = [kind for kind in wanted if kind in self.checkpoint.geometry.axes]
+        kinds = [kind for kind in wanted if kind in self.checkpoint.geometry.axes and kind != EXPERT]
         if not kinds:
             return None
         tokens = {name: self._num_calibration_tokens(name) for name in self.pruning_buckets}

@@ -5,7 +5,7 @@ from __future__ import annotations
 import shutil
 import tempfile
 import time
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -25,7 +25,8 @@ from secateur.pipeline.by_layer import CONTROL_PREFIX
 from secateur.pipeline.calibration import Calibration
 from secateur.pipeline.card import describe_corpora, describe_origin
 from secateur.pipeline.evaluation import Candidate
-from secateur.pipeline.grams import Reconstructor, summary
+from secateur.pipeline.gates import all_scales, cut_experts, fit_on_dense_stream
+from secateur.pipeline.grams import ModuleReport, Reconstructor, summary
 from secateur.pipeline.on_disk import shrink_checkpoint
 from secateur.pipeline.recovery import (
     RECOVERED,
@@ -40,6 +41,7 @@ from secateur.records.statistics import BucketStatistics, normalised
 from secateur.report.tables import parts_table
 from secateur.shrink import shrink_config, shrink_generation_config, shrink_parameters
 from secateur.shrink.apply import Reconstruct
+from secateur.shrink.slicing import scale_experts
 from secateur.store.artifacts import (
     digest,
 )
@@ -63,6 +65,12 @@ def _refitted(reconstruct: Reconstruct | None) -> Mapping[str, Tensor] | None:
     return reconstruct.refitted if isinstance(reconstruct, FittedWeights) else None
 
 
+def _scales(reconstruct: Reconstruct | None, plan: Plan) -> Mapping[int, Sequence[float]]:
+    if isinstance(reconstruct, (FittedWeights, Reconstructor)):
+        return all_scales(plan, reconstruct.scales)
+    return {}
+
+
 class Cutting(Calibration):
     """Makes the model of a plan."""
 
@@ -72,6 +80,8 @@ class Cutting(Calibration):
         folder = self.folder.path / "model"
         key = digest(self.model_fingerprint, plan.to_dict(), str(self.checkpoint.dtype), self._reconstruction_key())
         self.result.model_folder = folder
+        if self.is_by_layer:
+            self.result.checked = "opened again and run"
         if self.folder.is_done("shrink", key, folder / "config.json"):
             self.result.reused.append("shrink")
             return
@@ -110,25 +120,55 @@ class Cutting(Calibration):
         if self.recipe.prune.reconstruct == "none" or not plan.narrows:
             return None
         if self.recipe.prune.reconstruct == "pruned":
-            texts: dict[Split, list[PackedBlocks]] = {
-                split: [self.texts.split(name, split) for name in self.pruning_buckets]
-                for split in ("calibration", "validation")
-            }
             return fit_on_pruned_stream(
                 self.layers,
                 plan,
-                texts["calibration"],
-                texts["validation"],
+                *self._fitting_texts(),
                 batch_size=self.recipe.calibrate.batch_size,
-                shares=list(normalised(self.mix).values()) if self.mix else None,
+                shares=self._shares,
+                config=self.checkpoint.config,
                 folder=self.folder.path if self.is_by_layer else None,
                 progress=self.progress,
             )
-        return self.grams.reconstructor()
+        scales, reports = self._expert_scales(plan)
+        if not self.grams.kinds:
+            return FittedWeights({}, {}, reports, scales)
+        found = self.grams.reconstructor()
+        return Reconstructor(found.fitted, found.held_out, reports, scales)
+
+    def _expert_scales(self, plan: Plan) -> tuple[dict[int, Tensor], list[ModuleReport]]:
+        """Return the scales of experts that stay, fitted on the dense stream; none where no experts are cut."""
+        if not cut_experts(plan, self.checkpoint.geometry):
+            return {}, []
+        fitted, held_out = self._fitting_texts()
+        computed = choose_dtype(self.recipe.dtype, self.checkpoint.dtype, choose_device(self.recipe.device))
+        return fit_on_dense_stream(
+            self.runnable,
+            self.checkpoint.config,
+            plan,
+            self.checkpoint.geometry,
+            fitted,
+            held_out,
+            dtype=computed,
+            batch_size=self.recipe.calibrate.batch_size,
+            shares=self._shares,
+            progress=self.progress,
+        )
+
+    def _fitting_texts(self) -> tuple[list[PackedBlocks], list[PackedBlocks]]:
+        """Return the texts that weights are fitted to, and those that judge the fits."""
+        splits: tuple[Split, Split] = ("calibration", "validation")
+        fitted, held_out = ([self.texts.split(name, split) for name in self.pruning_buckets] for split in splits)
+        return fitted, held_out
+
+    @property
+    def _shares(self) -> list[float] | None:
+        return list(normalised(self.mix).values()) if self.mix else None
 
     def _reconstruction_key(self) -> list[str]:
+        """Return what identifies weights that are not the dense model's own."""
         if self.recipe.prune.reconstruct == "none":
-            return []
+            return self.masks.keys() if self.masks.adapters is not None else []
         keys = [self.recipe.prune.reconstruct, *(self._calibration_key(name) for name in self.pruning_buckets)]
         return [*keys, digest(normalised(self.mix))] if self.mix else keys
 
@@ -138,7 +178,7 @@ class Cutting(Calibration):
         config = shrink_config(self.checkpoint.config, plan, geometry)
         with self.progress("shrink", None, "") as task:
             refitted = _refitted(reconstruct)
-            dense = self.dense.state_dict().items()
+            dense = scale_experts(self._weights(), geometry, _scales(reconstruct, plan))
             parameters = list(shrink_parameters(dense, plan, geometry, reconstruct, refitted))
             task.advance(1)
         return build_model(
@@ -147,6 +187,12 @@ class Cutting(Calibration):
             self.dense,
             shrink_generation_config(generation_data(self.dense), plan),
         )
+
+    def _weights(self) -> Iterator[tuple[str, Tensor]]:
+        """Yield what is cut: the dense model's parameters, with what was trained beside masks added to them."""
+        learned, layout = self.masks.learned(), self.checkpoint.geometry.family.weight_layout
+        for name, tensor in self.dense.state_dict().items():
+            yield name, tensor if learned is None else learned.merged(name, tensor, layout)
 
     def _cut_on_disk(
         self, plan: Plan, folder: Path, reconstruct: Reconstruct | None, stored: torch.dtype | None = None
@@ -159,6 +205,7 @@ class Cutting(Calibration):
             folder,
             reconstruct,
             refitted=_refitted(reconstruct),
+            scales=_scales(reconstruct, plan),
             provenance=self._provenance(),
             device=self.recipe.device,
             dtype=self.recipe.dtype,

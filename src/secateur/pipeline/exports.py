@@ -191,7 +191,10 @@ class ExportStage:
     def _facts(self, plan: Plan, tokenizer: Any) -> ModelFacts:
         """Return what is known of the model that a plan leaves."""
         geometry = self.checkpoint.geometry
-        bare = {kind: tuple(replace(layer, constants=()) for layer in layers) for kind, layers in plan.layers.items()}
+        bare = {
+            kind: tuple(replace(layer, constants=(), merged=()) for layer in layers)
+            for kind, layers in plan.layers.items()
+        }
         dense = ((name, torch.empty(shape, device="meta")) for name, shape in self.checkpoint.shapes.items())
         pruned = shrink_parameters(dense, replace(plan, layers=bare), geometry)
         return ModelFacts(

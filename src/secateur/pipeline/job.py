@@ -11,8 +11,11 @@ Stages do not know each other; this file hands one's record to the next and reme
 from __future__ import annotations
 
 import time
+from collections.abc import Iterator
+from contextlib import ExitStack, contextmanager
 from dataclasses import asdict, replace
 from functools import partial
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -24,10 +27,12 @@ from secateur.corpus import (
     check_sources,
 )
 from secateur.errors import ConfigError
+from secateur.files import held
 from secateur.pipeline import processes
 from secateur.pipeline.by_layer import remove_leftovers, require_by_layer, require_disk
 from secateur.pipeline.card import terms_of
 from secateur.pipeline.exports import check_exports, with_export_widths
+from secateur.pipeline.masks import LORA_KEY, require_adaptable, require_targets
 from secateur.pipeline.measuring import Measuring
 from secateur.pipeline.recovery import (
     RECOVERED,
@@ -42,10 +47,12 @@ from secateur.pipeline.rounds import (
     take_result,
 )
 from secateur.pipeline.search import MEASURED, require_dense_layers
-from secateur.pipeline.sharding import Together, connect, require_shares
+from secateur.pipeline.sharding import Order, Together, connect, require_shares, share_of
 from secateur.progress import Progress, silent
 from secateur.recipe import Recipe
 from secateur.records.scores import Scores
+from secateur.records.units import EXPERT
+from secateur.recover.lora import require_peft
 from secateur.recover.train import check_training
 from secateur.registry import unknown_name
 from secateur.score import METHODS, rehearse
@@ -81,16 +88,34 @@ def run(
     if processes.are_several():
         return _run_together(recipe, until, progress, shared)
     job = Job(recipe, progress, shared=shared)
-    job.check(until)
-    job.calibrate()
-    job.cut(until)
-    if until in ("recover", "evaluate", "export"):
-        job.recover()
-    if until in ("evaluate", "export"):
-        job.evaluate()
-    if until == "export":
-        job.export()
+    with _alone_in(job.folder.path):
+        job.check(until)
+        job.calibrate()
+        job.cut(until)
+        if until in ("recover", "evaluate", "export"):
+            job.recover()
+        if until in ("evaluate", "export"):
+            job.evaluate()
+        if until == "export":
+            job.export()
     return job.result
+
+
+@contextmanager
+def _alone_in(folder: Path) -> Iterator[None]:
+    """Refuse two commands that write into one run folder at once.
+
+    Raises:
+        ConfigError: another one does.
+    """
+    with ExitStack() as stack:
+        try:
+            stack.enter_context(held(folder))
+        except BlockingIOError:
+            raise ConfigError(
+                f"another command is working in {folder}. Wait until it ends, or set output to another folder."
+            ) from None
+        yield
 
 
 def _run_together(recipe: Recipe, until: Stage, progress: Progress, shared: Shared | None) -> RunResult:
@@ -101,10 +126,12 @@ def _run_together(recipe: Recipe, until: Stage, progress: Progress, shared: Shar
             "command by itself."
         )
     ranks = connect()
-    with ranks.telling():
+    with ExitStack() as stack, ranks.telling():
         job = Job(recipe, progress if ranks.is_main else silent)
         ranks.require_alike(job.identity())
         job.join(ranks)
+        if ranks.is_main:
+            stack.enter_context(_alone_in(job.folder.path))
         ranks.main_first(partial(job.check, until))
         ranks.require_alike({"run folder": job.folder.on_disk()})
         if ranks.is_main:
@@ -118,6 +145,7 @@ def _run_together(recipe: Recipe, until: Stage, progress: Progress, shared: Shar
         if until in ("recover", "evaluate", "export"):
             if not ranks.is_main:
                 job = _caught_up(recipe, until, ranks)
+            ranks.wait()  # whoever fails above is heard; in a training nobody listens
             with ranks.silent():
                 job.recover()
         if until in ("evaluate", "export"):
@@ -173,7 +201,8 @@ class Job(Measuring):
         recipe = {f"recipe ({key})": value for key, value in asked.items()}
         known = versions()
         packages = {name: known[name] for name in ("secateur", "torch", "transformers", "tokenizers")}
-        return {**recipe, **packages, "model (fingerprint)": self.model_fingerprint}
+        computed = choose_dtype(self.recipe.dtype, self.checkpoint.dtype, choose_device(self.recipe.device))
+        return {**recipe, **packages, "dtype": str(computed), "model (fingerprint)": self.model_fingerprint}
 
     def join(self, ranks: Together) -> None:
         """Do from now on what several processes do together."""
@@ -186,12 +215,27 @@ class Job(Measuring):
 
     def require_shares(self, until: Stage) -> None:
         """Refuse more processes than there are blocks of a text that they would share."""
-        missing = [name for name in self.calibration_buckets if not self._is_calibrated(name)]
-        texts = [self.texts.split(name, "calibration") for name in missing if not self.responses.has(name)]
+        world_size = self.ranks.world_size
+        for order in self._orders_left():
+            if not self.responses.has(order.bucket):  # there is no such text before the model has answered
+                share_of(self._pass_text(order), 0, world_size, keep_documents=order.keeps_documents)
         if until in ("evaluate", "export") and "test" in self.texts.__dict__:
-            texts += self.texts.test.values()
-        for blocks in texts:
-            require_shares(blocks, self.ranks.world_size)
+            for blocks in self.texts.test.values():
+                require_shares(blocks, world_size)
+
+    def _orders_left(self) -> Iterator[Order]:
+        """Yield the passes that calibration will order."""
+        for name in self.calibration_buckets:
+            is_calibrated, impacts = self._is_calibrated(name), self.impacts.is_missing(name)
+            if not is_calibrated:
+                yield Order("statistics", name, grams=bool(self.grams.splits(name)), impacts=impacts)
+            elif impacts:
+                yield Order("impacts", name)
+            for split in self.grams.missing(name):
+                if is_calibrated or split != "calibration":
+                    yield Order("grams", name, split)
+            if self.gradients.is_missing(name):
+                yield Order("gradients", name)
 
     def cut(self, until: Stage) -> None:
         """Plan and shrink, as far as the run goes."""
@@ -207,8 +251,10 @@ class Job(Measuring):
             self._rehearse_plan()
         self._read_new_text(until)
         self._require_enough_text()
+        if not self.folder.read_only:
+            remove_leftovers(self.folder.path)
         if self.is_by_layer:
-            self._prepare_disk()
+            self._require_disk()
         self.folder.describe(
             versions=versions(),
             model=self.recipe.model,
@@ -240,6 +286,10 @@ class Job(Measuring):
         if self.gradients.kinds or self.masks.is_needed:
             dtype = choose_dtype(self.recipe.dtype, self.checkpoint.dtype, device)
             require_dtype(dtype, "the model", f"method {self.recipe.prune.method}")
+        if self.masks.adapters is not None:
+            require_peft(LORA_KEY)
+            require_adaptable(self.recipe.prune, self.pruning_buckets)
+            require_targets(self.masks.adapters, self.checkpoint.shapes, self.checkpoint.geometry.family.layers)
         if self.vocabulary is not None:
             self.vocabulary.check()
         if self.recipe.recover is not None:
@@ -256,9 +306,8 @@ class Job(Measuring):
         self.exports.check_model(lambda: self.tokenizer)
         self._require_enough_text()
 
-    def _prepare_disk(self) -> None:
-        """Refuse hidden states that do not fit on the disk, and remove those of a run that was killed."""
-        remove_leftovers(self.folder.path)
+    def _require_disk(self) -> None:
+        """Refuse hidden states that do not fit on the disk."""
         calibrated = {name: self._num_calibration_tokens(name) or 0 for name in self.calibration_buckets}
         fitted = 0
         if self.recipe.prune.reconstruct == "pruned":
@@ -277,6 +326,11 @@ class Job(Measuring):
         rehearse(prune.method, geometry, prune.width_kinds(), prune.options, self.pruning_buckets)
         rehearse(prune.depth_method, geometry, prune.block_kinds(), prune.depth_options)
         self._check_measurements()
+        if METHODS[prune.method].merge is not None and prune.reconstruct != "none":
+            raise ConfigError(
+                f"prune.reconstruct: {prune.reconstruct} scales experts that stay as they are, and method "
+                f"{prune.method} merges others into them. Leave reconstruct out."
+            )
         if prune.bias_compensation:
             require_biases(geometry, prune.width_kinds(), self.checkpoint.shapes)
 
@@ -324,7 +378,9 @@ class Job(Measuring):
                 self.texts.look_at(name, "calibration")
             for split in self.grams.missing(name):
                 self.texts.look_at(name, split)
-            if self.recipe.prune.reconstruct == "pruned" and name in self.pruning_buckets and until != "calibrate":
+            prune = self.recipe.prune
+            fitted = prune.reconstruct == "pruned" or (prune.reconstruct == "dense" and EXPERT in self.layer_kinds)
+            if fitted and name in self.pruning_buckets and until != "calibrate":
                 _ = self.texts.split(name, "validation")
             if name in self._sized_buckets and until != "calibrate":
                 _ = self.texts.sizing(name)

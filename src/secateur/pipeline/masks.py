@@ -1,15 +1,23 @@
-"""The masks' part of a run: gates trained on the calibration text, where a method needs them."""
+"""The masks' part of a run: gates trained on the calibration text, where a method needs them.
+
+Adapters may be trained beside them. They lie in the same files, and whatever is cut by the masks is cut from the
+weights that they are added to; the dense model itself stays as it is.
+"""
 
 from __future__ import annotations
 
 import time
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from secateur.records.masks import MaskSettings, MaskStatistics, merge_masks
+from secateur.errors import ConfigError
+from secateur.recipe import PruneSpec
+from secateur.records.masks import AdapterSettings, LowRank, MaskSettings, MaskStatistics, merge_masks
 from secateur.records.statistics import normalised
+from secateur.registry import unknown_name
+from secateur.score import METHODS
 from secateur.store.artifacts import MASKS_VERSION, digest, read_masks, write_masks
 from secateur.store.run_folder import RunFolder
 
@@ -63,7 +71,7 @@ class MaskStage:
         self.folder.forget(self._stage(name))
         started = time.perf_counter()
         masks = self.learn(name, self.settings)
-        write_masks(self._file(name), masks, {"bucket": name, "settings": asdict(self.settings), **self.facts})
+        write_masks(self._file(name), masks, {"bucket": name, "settings": self.settings.to_dict(), **self.facts})
         self.folder.finish(self._stage(name), self._key(name), started, tokens=masks.num_tokens, removed=masks.removed)
         return []
 
@@ -81,6 +89,15 @@ class MaskStage:
         """Return what identifies the masks of all buckets, for the plan that rests on them."""
         return [self._key(name) for name in dict.fromkeys([*self.buckets, *self.references]) if self._needs(name)]
 
+    @property
+    def adapters(self) -> AdapterSettings | None:
+        """How weights are trained beside the masks; None where they stay as they are."""
+        return self.settings.lora if self.settings is not None and self.is_needed else None
+
+    def learned(self) -> LowRank | None:
+        """Return what was trained of the weights beside the masks; None where they stay as they are."""
+        return read_masks(self._file(self.buckets[0])).adapters if self.adapters is not None else None
+
     def _needs(self, name: str) -> bool:
         return self.is_needed and (name in self.buckets or name in self.references)
 
@@ -92,12 +109,71 @@ class MaskStage:
 
     def _key(self, name: str) -> str:
         assert self.settings is not None
-        how = list(self.kinds), self.max_tokens, self.seed, asdict(self.settings)
+        how = list(self.kinds), self.max_tokens, self.seed, self.settings.to_dict()
         return digest(self.key(name), *how, MASKS_VERSION)
 
     def _is_done(self, name: str) -> bool:
         file = self._file(name)
         return self.folder.is_done(self._stage(name), self._key(name), file, file.with_suffix(".json"))
+
+
+LORA_KEY = "prune.options.lora"
+
+
+def require_adaptable(prune: PruneSpec, buckets: Sequence[str]) -> None:
+    """Refuse adapters beside masks where something else rests on the dense model's own weights, or on several texts.
+
+    Args:
+        prune: whose method trains adapters.
+        buckets: that decide.
+
+    Raises:
+        ConfigError: the two do not go together.
+    """
+    if len(buckets) > 1:
+        raise ConfigError(
+            f"{LORA_KEY} trains the weights on one text, and {', '.join(buckets)} decide, each by masks of its own. "
+            "Name one under prune.buckets, or give one bucket the paths of all."
+        )
+    depth = METHODS[prune.depth_method]
+    asked = {
+        f"reconstruct: {prune.reconstruct}": ("fits weights to the dense model's", prune.reconstruct != "none"),
+        "bias_compensation": ("adds means that the dense model's units have", prune.bias_compensation),
+        f"allocation: {prune.allocation}": (
+            "measures cuts of the dense model",
+            prune.allocation in ("knapsack", "search"),
+        ),
+        f"depth_method: {prune.depth_method}": (
+            "measures the dense model without its blocks",
+            bool(prune.block_kinds()) and bool(depth.measure),
+        ),
+    }
+    for name, (does, given) in asked.items():
+        if given:
+            raise ConfigError(
+                f"prune.{name} {does}, and {LORA_KEY} trains other weights for the cut. Leave one of them out."
+            )
+
+
+def require_targets(adapters: AdapterSettings, parameters: Mapping[str, Sequence[int]], layers: str) -> None:
+    """Refuse ends of names that no linear layer has, before a weight is read.
+
+    Args:
+        adapters: that are trained beside masks.
+        parameters: shape of every parameter of the dense model, by name.
+        layers: what the names of decoder layers begin with.
+
+    Raises:
+        ConfigError: such an end is named; the nearest known one is offered.
+    """
+    names = [
+        name.removesuffix(".weight")
+        for name, shape in parameters.items()
+        if name.startswith(f"{layers}.") and name.endswith(".weight") and len(shape) == 2
+    ]
+    for target in () if isinstance(adapters.targets, str) else adapters.targets:
+        if not any(f".{name}".endswith(f".{target}") for name in names):
+            raise ConfigError(unknown_name(f"{LORA_KEY} target", target, {name.rpartition(".")[2] for name in names}))
 
 
 def together(masks: Mapping[str, MaskStatistics], mix: Mapping[str, float] | None = None) -> MaskStatistics:

@@ -7,7 +7,7 @@ memory, because there is none: it is opened again and run layer by layer, and it
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -21,6 +21,7 @@ from secateur.records.blocks import BlockBatch
 from secateur.records.plan import Plan
 from secateur.shrink import shrink_config, shrink_generation_config, shrink_parameters
 from secateur.shrink.apply import Reconstruct, check_plan
+from secateur.shrink.slicing import scale_experts
 from secateur.store.artifacts import atomic_folder, disk_errors, write_json
 from secateur.store.checkpoints import (
     Checkpoint,
@@ -48,6 +49,7 @@ def shrink_checkpoint(
     reconstruct: Reconstruct | None = None,
     *,
     refitted: Mapping[str, Tensor] | None = None,
+    scales: Mapping[int, Sequence[float]] | None = None,
     provenance: Mapping[str, Any] | None = None,
     device: str = "auto",
     dtype: str = "auto",
@@ -67,6 +69,7 @@ def shrink_checkpoint(
         reconstruct: gives the weight of a projection that reads removed channels, out of the dense one; None keeps the
             columns of the kept channels as they are.
         refitted: weights of projections that lose nothing but change all the same, by module, as out x channels.
+        scales: by layer, what the output of each of its experts is multiplied by.
         provenance: fingerprints and versions, saved with the plan.
         device: where to cut and run, as for ``load_model``.
         dtype: what to cut in, as for ``load_model``.
@@ -94,7 +97,8 @@ def shrink_checkpoint(
     dense = iter_parameters(checkpoint, dtype=computed, device=place, trust_remote_code=trust_remote_code)
     with disk_errors(folder), atomic_folder(folder) as work:
         with progress("shrink", None, "parameters") as task:
-            pruned = shrink_parameters(dense, plan, geometry, reconstruct, refitted)
+            scaled = scale_experts(dense, geometry, scales or {})
+            pruned = shrink_parameters(scaled, plan, geometry, reconstruct, refitted)
             counted = _counted(pruned, task)
             fill_checkpoint(
                 work, config, counted, max_shard_bytes, dtype=stored or checkpoint.dtype, generation=generation

@@ -33,12 +33,13 @@ from secateur.records.plan import Plan, VocabularyPlan
 from secateur.records.scores import Scores, ranked_experts
 from secateur.records.statistics import BucketStatistics, normalised
 from secateur.records.units import EXPERT
-from secateur.score import METHODS, Outcome, notes_on, score_units, union_note
+from secateur.score import METHODS, Outcome, notes_on, score_units, union_note, with_merged_experts
 from secateur.shrink import check_plan
 from secateur.shrink.stand_in_weights import StandInWeights
 from secateur.store.artifacts import (
     digest,
     read_json,
+    read_scores,
     statistics_digest,
     write_json,
     write_scores,
@@ -83,8 +84,9 @@ class Planning(Cutting):
                 self._weigh(Plan.from_dict(read_json(file)).mix)
                 merged = self._merged()
             self.result.plan = self._read_plan(file, merged)
-            if merged is not None and not self._has_scores():
-                self._write_scores(merged)
+            if merged is not None:
+                scores = read_scores(self._scores_file) if self._has_scores() else self._write_scores(merged)
+                self._write_ranking(scores, self.result.plan)
             self._check_exports()
             return
         started = time.perf_counter()
@@ -140,7 +142,7 @@ class Planning(Cutting):
         vocabulary = self._vocabulary_for(request)
         if merged is not None:
             request = replace(request, influence=merged.layer_influence())
-        return make_plan(
+        plan = make_plan(
             scores,
             geometry,
             shapes,
@@ -150,6 +152,10 @@ class Planning(Cutting):
             calibration_tokens=0 if merged is None else merged.num_tokens,
             counts=self._measured_counts(request, scores, vocabulary) if is_measured(request, scores) else None,
         )
+        if merged is None:
+            return plan
+        seed = self.recipe.prune.seed
+        return with_merged_experts(plan, scores, merged, geometry, load_tensor=self._weight, seed=seed)
 
     def _measured_counts(
         self, request: Request, scores: Scores, vocabulary: VocabularyPlan | None

@@ -35,6 +35,7 @@ class RunResult:
         statistics: per bucket.
         plan: what stays.
         model_folder: the pruned Hugging Face folder; after recovery the recovered one.
+        checked: how the saved folder was held against what was made.
         recoveries: what each training went through, by the name of its row.
         evaluation: what was measured.
         speed: how large and how fast dense model and result are; None where that was not asked.
@@ -51,6 +52,7 @@ class RunResult:
     statistics: Mapping[str, BucketStatistics] = field(default_factory=dict)
     plan: Plan | None = None
     model_folder: Path | None = None
+    checked: str = "reloaded from disk and compared"
     recoveries: Mapping[str, Recovery] = field(default_factory=dict)
     evaluation: Evaluation | None = None
     speed: SpeedComparison | None = None

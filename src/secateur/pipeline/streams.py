@@ -238,6 +238,7 @@ def fit_on_pruned_stream(
                     text.advance(twin, layer)
                 if routers is not None:
                     routers.release()
+                del twin  # before the next layer and its twin are made
             task.advance(1)
     return found
 

@@ -9,6 +9,7 @@ from functools import cached_property, partial
 from pathlib import Path
 from typing import Any
 
+from secateur.corpus.hashes import DocumentHashes
 from secateur.evaluate.footprint import memory_bytes
 from secateur.pipeline import processes
 from secateur.pipeline.evaluation import Candidate, EvaluationStage
@@ -80,12 +81,12 @@ class Training(Planning, ABC):
     def _learned_documents(self, name: str) -> Collection[int]:
         """Return the hashes of the documents of a bucket that are calibrated on, or that models are trained on."""
         trained = self.recovery.training_documents() if self.recovery is not None else frozenset()
-        return trained.union(super()._learned_documents(name))
+        return DocumentHashes(trained, super()._learned_documents(name))
 
-    def _seen_documents(self) -> frozenset[int]:
+    def _seen_documents(self) -> DocumentHashes:
         """Return the hashes of every document that is, or in this run will be, calibrated on, counted or trained on."""
         seen = super()._seen_documents()
-        return seen.union(self.recovery.documents()) if self.recovery is not None else seen
+        return DocumentHashes(seen, self.recovery.documents()) if self.recovery is not None else seen
 
     def _teaching_model(self) -> Any:
         """Return the dense model, or its fine-tuned copy where that is what teaches."""

@@ -291,7 +291,21 @@ def _arguments(options: RecoverSpec, device: torch.device, precision: MixedPreci
         ddp_find_unused_parameters=_leaves_the_head_out(options),
     )
     args._n_gpu = min(args.n_gpu, 1)  # several GPUs are for several processes, not for threads of this one
+    _spread_on_cpus_too()
     return args
+
+
+def _spread_on_cpus_too() -> None:
+    """Let FSDP be had on CPUs where it was asked for; accelerate gives it only to processes that it takes for GPUs'.
+
+    Otherwise every process would hold all weights without a word. Where the tensors are, another field says.
+    """
+    from accelerate import PartialState  # type: ignore[import-untyped]
+    from accelerate.utils import DistributedType, parse_flag_from_env  # type: ignore[import-untyped]
+
+    state = PartialState()
+    if parse_flag_from_env("ACCELERATE_USE_FSDP") and state.distributed_type == DistributedType.MULTI_CPU:
+        state.distributed_type = DistributedType.MULTI_GPU
 
 
 def _leaves_the_head_out(options: RecoverSpec) -> bool:
@@ -300,14 +314,14 @@ def _leaves_the_head_out(options: RecoverSpec) -> bool:
 
 
 def _wait_for_everyone() -> None:
-    from accelerate import PartialState  # type: ignore[import-untyped]
+    from accelerate import PartialState
 
     PartialState().wait_for_everyone()
 
 
 def _from_main(ask: Callable[[], int | None]) -> int | None:
     """Return the main process's answer on all processes."""
-    from accelerate.utils import broadcast_object_list  # type: ignore[import-untyped]
+    from accelerate.utils import broadcast_object_list
 
     answer: int | None = broadcast_object_list([ask()])[0]
     return answer

@@ -23,8 +23,8 @@ from secateur.errors import CheckpointError, ExportError
 from secateur.files import replacing
 from secateur.records.gradients import OPTIONAL, SUMS, GradientStatistics, UnitGradients
 from secateur.records.impacts import TENSORS, ImpactStatistics, UnitImpacts
-from secateur.records.masks import MaskStatistics, MaskStep
-from secateur.records.routing import EXTREMES, RoutingSums
+from secateur.records.masks import LowRank, MaskStatistics, MaskStep
+from secateur.records.routing import EXTREMES, ROUTER_SUMS, RoutingSums
 from secateur.records.routing import SUMS as ROUTING_SUMS
 from secateur.records.scores import Scores
 from secateur.records.statistics import BucketStatistics, Moments, SequenceSums
@@ -36,6 +36,7 @@ GRADIENTS_VERSION = 2
 IMPACTS_VERSION = 1
 MASKS_VERSION = 1
 TOKEN_COUNTS_VERSION = 1
+_FACTORS = ("A", "B")
 _DISK_FULL = "the disk is full: {} could not be written. Free space, or choose another output."
 
 
@@ -162,6 +163,8 @@ def write_statistics(path: Path, statistics: BucketStatistics, metadata: Mapping
     for (layer, tap), routing in statistics.routing.items():
         place = f"routing/{layer}/{tap}"
         tensors |= {f"{place}/{name}": getattr(routing, name) for name in (*ROUTING_SUMS, *EXTREMES)}
+        asked = {name: getattr(routing, name) for name in ROUTER_SUMS}
+        tensors |= {f"{place}/{name}": found for name, found in asked.items() if found is not None}
         routing_counts[place] = routing.count
     plain = {
         "schema_version": STATISTICS_VERSION,
@@ -198,9 +201,7 @@ def read_statistics(path: Path) -> tuple[BucketStatistics, dict[str, Any]]:
             for place, count in metadata["sequence_counts"].items()
         }
         routing = {
-            _site(place): RoutingSums(
-                count, **{name: tensors[f"{place}/{name}"] for name in (*ROUTING_SUMS, *EXTREMES)}
-            )
+            _site(place): _routing(place, count, tensors)
             for place, count in metadata.get("routing_counts", {}).items()  # older files are of dense models
         }
         linear = {_site(name): tensor for name, tensor in tensors.items() if name.startswith("linear_abs/")}
@@ -221,6 +222,12 @@ def read_statistics(path: Path) -> tuple[BucketStatistics, dict[str, Any]]:
     except KeyError as error:
         raise CheckpointError(f"{path} lacks {error}. Delete it and calibrate again.") from None
     return statistics, metadata
+
+
+def _routing(place: str, count: int, tensors: Mapping[str, Tensor]) -> RoutingSums:
+    found: dict[str, Any] = {name: tensors[f"{place}/{name}"] for name in (*ROUTING_SUMS, *EXTREMES)}
+    found |= {name: tensors.get(f"{place}/{name}") for name in ROUTER_SUMS}  # older files lack them
+    return RoutingSums(count, **found)
 
 
 def write_gradients(path: Path, gradients: GradientStatistics, metadata: Mapping[str, Any]) -> None:
@@ -293,13 +300,22 @@ def read_impacts(path: Path) -> ImpactStatistics:
 
 
 def write_masks(path: Path, masks: MaskStatistics, metadata: Mapping[str, Any]) -> None:
-    """Write one bucket's trained masks as ``path`` (.safetensors) and a JSON file beside it, which tells every step."""
+    """Write one bucket's trained masks as ``path`` (.safetensors) and a JSON file beside it, which tells every step.
+
+    Adapters that were trained with them are in the same files, so that neither is there without the other.
+    """
     tensors = {f"units/{layer}/{kind}": values for (layer, kind), values in masks.units.items()}
+    adapted: dict[str, Any] = {}
+    if masks.adapters is not None:
+        adapted["adapters"] = {"scale": masks.adapters.scale, "modules": list(masks.adapters.factors)}
+        for name, factors in masks.adapters.factors.items():
+            tensors |= {f"{name}/{side}": factor for side, factor in zip(_FACTORS, factors, strict=True)}
     plain = {
         "schema_version": MASKS_VERSION,
         "num_tokens": masks.num_tokens,
         "removed": masks.removed,
         "steps": [asdict(step) for step in masks.steps],
+        **adapted,
     }
     _write_tensors(path, tensors, {**plain, **metadata})
 
@@ -314,11 +330,19 @@ def read_masks(path: Path) -> MaskStatistics:
     if metadata.get("schema_version") != MASKS_VERSION:
         raise CheckpointError(f"{path} has another version of the masks. Delete it; it will be made again.")
     try:
-        units = {_site(place): values for place, values in sorted(tensors.items())}
+        places = [place for place in sorted(tensors) if place.startswith("units/")]
+        units = {_site(place): tensors[place] for place in places}
         steps = tuple(MaskStep(**step) for step in metadata["steps"])
-        return MaskStatistics(metadata["num_tokens"], metadata["removed"], units, steps)
+        adapters = _read_adapters(metadata["adapters"], tensors) if "adapters" in metadata else None
+        return MaskStatistics(metadata["num_tokens"], metadata["removed"], units, steps, adapters)
     except KeyError as error:
         raise CheckpointError(f"{path} lacks {error}. Delete it; it will be made again.") from None
+
+
+def _read_adapters(described: Mapping[str, Any], tensors: Mapping[str, Tensor]) -> LowRank:
+    first, second = _FACTORS
+    factors = {name: (tensors[f"{name}/{first}"], tensors[f"{name}/{second}"]) for name in described["modules"]}
+    return LowRank(described["scale"], factors)
 
 
 def write_token_counts(path: Path, counts: TokenCounts, metadata: Mapping[str, Any]) -> None:

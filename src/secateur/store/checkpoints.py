@@ -11,15 +11,15 @@ import importlib.metadata
 import json
 import os
 import shutil
-from collections.abc import Iterable, Iterator, Mapping
-from contextlib import contextmanager, suppress
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from contextlib import ExitStack, contextmanager, suppress
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import torch
 import yaml
-from safetensors import SafetensorError
+from safetensors import SafetensorError, safe_open
 from torch import Tensor, nn
 
 from secateur.errors import CheckpointError, ExportError, PlanError, UnavailableError
@@ -36,6 +36,8 @@ _DTYPES = {
     "float16": torch.float16,
 }
 _UNSAFE_SUFFIXES = (".bin", ".pt", ".pth", ".pkl")
+_ROWS = 8192
+"""Rows of a matrix that are compared at a time."""
 _HUB_FILES = ["*.safetensors", "*.safetensors.index.json", "*.json", "*.model", "*.jinja", "*.txt", "README.md"]
 
 
@@ -106,6 +108,7 @@ def _describe(spec: str, folder: Path, trust_remote_code: bool) -> Checkpoint:
     anatomy = _remembered_anatomy(folder, raw, trust_remote_code)
     shapes = {name: tuple(shape) for name, shape in anatomy["shapes"].items()}
     _require_shapes(spec, shapes, stored)
+    _require_tied(spec, folder, family.vocabulary, shapes, files)
     return Checkpoint(
         spec=spec,
         folder=folder,
@@ -126,6 +129,34 @@ def _require_shapes(spec: str, shapes: Mapping[str, tuple[int, ...]], stored: Ma
                 f"model {spec} stores {name} with shape {found}, but its config.json says {shape}. They belong to "
                 "different models; fetch both again."
             )
+
+
+def _require_tied(
+    spec: str, folder: Path, modules: Sequence[str], shapes: Mapping[str, Any], files: Sequence[Path]
+) -> None:
+    """Refuse an output head of its own where the configuration says that it is the embedding: it would be lost.
+
+    Read are two matrices of those checkpoints that store the same one twice.
+    """
+    first, *others = (f"{module}.weight" for module in modules)
+    with ExitStack() as stack:
+        where = {name: file for file in files for name in _safetensors_header(file)}
+        if first not in where:
+            return
+        for name in others:
+            if name not in where or name in shapes:
+                continue
+            both = [stack.enter_context(safe_open(where[key], framework="pt")).get_slice(key) for key in (first, name)]
+            rows = both[0].get_shape()[0]
+            if both[1].get_shape() != both[0].get_shape() or not all(
+                torch.equal(both[0][start : start + _ROWS], both[1][start : start + _ROWS])
+                for start in range(0, rows, _ROWS)
+            ):
+                raise CheckpointError(
+                    f"model {spec} stores {name} beside a different {first}, but its config.json says that they are "
+                    f"one. Set tie_word_embeddings to false in {folder / 'config.json'}, or remove {name} from the "
+                    "weights."
+                )
 
 
 def _remembered_anatomy(folder: Path, raw: Mapping[str, Any], trust_remote_code: bool) -> dict[str, Any]:
@@ -467,6 +498,20 @@ def planned_configuration(config: Mapping[str, Any]) -> Any:
             f"the configuration of {config['model_type']} refuses the planned sizes: {error} Keep another number of "
             "units, or use shape: uneven."
         ) from None
+
+
+def meta_model(config: Mapping[str, Any], dtype: torch.dtype) -> Any:
+    """Return a model with the given plain configuration, in evaluation mode, whose tensors are on the meta device.
+
+    Raises:
+        PlanError: the model type's configuration class refuses the sizes.
+    """
+    from transformers import AutoModelForCausalLM
+
+    configuration = planned_configuration(config)
+    with torch.inference_mode(False), torch.device("meta"):
+        model = AutoModelForCausalLM.from_config(configuration, dtype=dtype)
+    return model.eval().requires_grad_(False)
 
 
 def build_model(

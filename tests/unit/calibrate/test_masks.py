@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import replace
-from functools import cache
+from functools import cache, partial
 from typing import Any
 
 import pytest
@@ -16,12 +18,14 @@ from secateur.calibrate.masks import BETA, GAMMA, ZETA, draw_gates, gated, open_
 from secateur.errors import CheckpointError, ConfigError, CorpusError, FamilyError
 from secateur.families.geometry import Geometry
 from secateur.families.loader import families
-from secateur.records.masks import MaskObjective, MaskSettings, MaskStatistics
+from secateur.records.masks import AdapterSettings, MaskObjective, MaskSettings, MaskStatistics
 from secateur.records.units import FFN_CHANNEL, GQA_GROUP, QUERY_HEAD
+from secateur.recover.lora import Beside, beside
 from tests.blocks import HandMadeBlocks, hand_made_blocks
 from tests.conftest import DENSE, geometry_of, pico_model
-from tests.pruning import choose_units, logits, plan_keeping, prune
+from tests.pruning import choose_units, logits, plan_keeping, prune, relative_difference
 
+LORA = AdapterSettings(rank=2, alpha=4.0, targets="all-linear", learning_rate=0.01)
 USUAL = MaskSettings(target=0.4, steps=120, learning_rate=0.3, objective="kl")
 
 
@@ -239,3 +243,101 @@ def test_what_cannot_be_trained_is_refused() -> None:
     plain, heads = llama("gpt2")
     with pytest.raises(FamilyError, match="query_heads of a gpt2 model cannot be cut"):
         learn_masks(plain, hand_made_blocks(), heads, [QUERY_HEAD], short())
+
+
+def adapting(geometry: Geometry, settings: AdapterSettings = LORA, seed: int = 0) -> Any:
+    """Return what puts adapters into a model of a family."""
+    return partial(beside, settings=settings, family=geometry.family, seed=seed, key="lora")
+
+
+def disturb(adapters: Beside) -> None:
+    """Give every adapter weight a random value."""
+    generator = torch.Generator().manual_seed(1)
+    for parameter in adapters.parameters:
+        parameter.data.normal_(std=0.3, generator=generator)
+
+
+@pytest.mark.parametrize("name", DENSE)
+def test_a_masked_model_with_adapters_is_the_merged_and_cut_one(name: str) -> None:
+    """With gates of 0 and 1 and adapters beside the weights, as in training, and merged and without the units."""
+    model, geometry = llama(name)
+    kinds = [kind for kind in (FFN_CHANNEL, GQA_GROUP) if not geometry.why_fixed(kind)]
+    kept = choose_units(geometry, kinds, "uniform")
+    gates = {
+        (axis.layer, kind): torch.tensor([float(unit in units) for unit in range(axis.num_units)], dtype=torch.float64)
+        for kind in kinds
+        for axis, units in zip(geometry.axes[kind], kept[kind], strict=True)
+    }
+    tokens = torch.arange(30).reshape(2, 15)
+    before = {key: value.clone() for key, value in model.state_dict().items()}
+    with adapting(geometry)(model) as adapters:
+        disturb(adapters)
+        with gated(model, geometry, gates):
+            masked = logits(model, tokens)
+        learned = adapters.learned()
+    assert all(torch.equal(value, before[key]) for key, value in model.state_dict().items())
+    assert list(before) == list(model.state_dict())
+    plain = logits(prune(model, plan_keeping(geometry, kept, "uniform"), geometry), tokens)
+    layout = geometry.family.weight_layout
+    model.load_state_dict({key: learned.merged(key, value, layout) for key, value in before.items()})
+    cut = logits(prune(model, plan_keeping(geometry, kept, "uniform"), geometry), tokens)
+    assert relative_difference(cut, plain) > 1e-3
+    tolerance = 1e-5 if name in ("gemma2", "gemma3_text", "gpt_neox") else 1e-10
+    torch.testing.assert_close(masked, cut, rtol=tolerance, atol=tolerance)
+
+
+@pytest.mark.parametrize("objective", ["loss", "kl"])
+def test_adapters_learn_beside_the_gates(objective: MaskObjective) -> None:
+    """The objective ends lower than with frozen weights at the same size, and the dense model is untouched."""
+    model, geometry = llama()
+    model.train()
+    before = {name: value.clone() for name, value in model.state_dict().items()}
+    flags = {name: parameter.requires_grad for name, parameter in model.named_parameters()}
+    settings = MaskSettings(0.4, 60, 0.3, objective, replace(LORA, learning_rate=0.02))
+    learn = partial(learn_masks, model, hand_made_blocks(), geometry, [FFN_CHANNEL])
+    frozen, adapted, again = (
+        learn(replace(settings, lora=None)),
+        *(learn(settings, adapt=adapting(geometry, settings.lora or LORA)) for _ in range(2)),
+    )
+    assert adapted.adapters is not None and frozen.adapters is None
+    assert len(adapted.adapters.factors) == 2 * 7 and adapted.adapters.scale == 2.0
+    assert all(bool(second.any()) for _, second in adapted.adapters.factors.values())
+    assert adapted.removed == pytest.approx(0.4, abs=0.03)
+    last = [sum(step.objective for step in masks.steps[-10:]) for masks in (frozen, adapted)]
+    assert last[1] < last[0]
+    assert adapted.steps == again.steps
+    assert all(torch.equal(value, before[name]) for name, value in model.state_dict().items())
+    assert list(before) == list(model.state_dict()) and not hasattr(model, "peft_config")
+    assert {name: parameter.requires_grad for name, parameter in model.named_parameters()} == flags
+    assert all(parameter.grad is None for parameter in model.parameters())
+    assert all(module.training for module in model.modules()) and not _hooks(model)
+
+
+def test_the_divergence_is_from_the_model_without_adapters(monkeypatch: pytest.MonkeyPatch) -> None:
+    """With open gates and adapters that change the model it is not 0."""
+    from secateur.calibrate import masks as module
+
+    model, geometry = llama()
+    monkeypatch.setattr(module, "FIRST_LOG_ALPHA", 60.0)
+
+    @contextmanager
+    def changed(given: Any) -> Iterator[Beside]:
+        with adapting(geometry)(given) as adapters:
+            disturb(adapters)
+            yield adapters
+
+    settings = replace(short("kl", 1), lora=LORA)
+    found = learn_masks(model, hand_made_blocks(), geometry, [FFN_CHANNEL], settings, adapt=changed)
+    assert found.steps[0].objective > 1e-3
+
+
+def test_adapters_go_when_a_step_fails() -> None:
+    """Nothing stays in the model, and every parameter can be trained as before."""
+    model, geometry = llama()
+    with torch.no_grad():
+        model.lm_head.weight[3] = math.nan
+    settings = replace(short(), lora=LORA)
+    with pytest.raises(CheckpointError, match="not finite at step 1"):
+        learn_masks(model, hand_made_blocks(), geometry, [FFN_CHANNEL], settings, adapt=adapting(geometry))
+    assert not any("lora" in name for name, _ in model.named_modules()) and not _hooks(model)
+    assert all(parameter.requires_grad for parameter in model.parameters())

@@ -144,10 +144,12 @@ def test_a_disk_that_is_too_small_is_refused_before_the_run(tmp_path: Path, monk
 
 def test_what_a_killed_run_left_is_removed(tmp_path: Path) -> None:
     """And nothing else."""
-    for name in ("hidden-states-x", "spilled-y", "control-z", "model"):
+    for name in ("hidden-states-x", "spilled-y", "control-z", ".model-a1", "model", "statistics", ".git"):
         (tmp_path / name).mkdir()
+    for name in (".plan.json.12ab.part", "statistics/.medical.safetensors.12ab.part", "statistics/medical.safetensors"):
+        (tmp_path / name).touch()
     remove_leftovers(tmp_path)
-    assert [file.name for file in tmp_path.iterdir()] == ["model"]
+    assert sorted(file.name for file in tmp_path.rglob("*")) == [".git", "medical.safetensors", "model", "statistics"]
 
 
 @pytest.mark.slow

@@ -17,7 +17,7 @@ from torch import Tensor
 
 from secateur.errors import CheckpointError, ExportError
 from secateur.records.gradients import SUMS, GradientStatistics, UnitGradients
-from secateur.records.masks import MaskStatistics, MaskStep
+from secateur.records.masks import LowRank, MaskStatistics, MaskStep
 from secateur.records.routing import EXTREMES, RoutingSums
 from secateur.records.routing import SUMS as ROUTING_SUMS
 from secateur.records.scores import Scores
@@ -49,7 +49,8 @@ def draw(size: int, seed: int) -> Tensor:
 
 def make_routing(seed: int) -> RoutingSums:
     """Return sums of three experts."""
-    return RoutingSums(7, **{name: draw(3, seed + i) for i, name in enumerate((*ROUTING_SUMS, *EXTREMES))})
+    sums = {name: draw(3, seed + i) for i, name in enumerate((*ROUTING_SUMS, *EXTREMES))}
+    return RoutingSums(7, **sums, logits=draw(3, seed + 20), logit_products=draw(9, seed + 21).reshape(3, 3))
 
 
 def make_statistics(seed: int = 0) -> BucketStatistics:
@@ -96,10 +97,10 @@ def same(first: object, second: object) -> bool:
         return first.dtype == second.dtype and torch.equal(first, second)
     if isinstance(first, dict) and isinstance(second, dict):
         return list(first) == list(second) and all(same(first[key], second[key]) for key in first)
-    if isinstance(first, list) and isinstance(second, list):
+    if isinstance(first, list | tuple) and isinstance(second, list | tuple):
         return len(first) == len(second) and all(map(same, first, second))
     sums = BucketStatistics | Moments | SequenceSums | RoutingSums
-    if isinstance(first, sums | GradientStatistics | UnitGradients | Scores | MaskStatistics):
+    if isinstance(first, sums | GradientStatistics | UnitGradients | Scores | MaskStatistics | LowRank):
         assert isinstance(second, type(first))
         return all(same(getattr(first, item.name), getattr(second, item.name)) for item in fields(first))
     return bool(first == second)
@@ -128,6 +129,15 @@ def test_statistics_of_older_runs_say_nothing_of_experts(tmp_path: Path) -> None
     assert same(written, read_statistics(file)[0])
 
 
+def test_statistics_from_before_logits_were_noted_stay_readable(tmp_path: Path) -> None:
+    """They say nothing of what routers compute."""
+    file = tmp_path / "medical.safetensors"
+    statistics = make_statistics()
+    routing = {site: replace(sums, logits=None, logit_products=None) for site, sums in statistics.routing.items()}
+    write_statistics(file, replace(statistics, routing=routing), {})
+    assert same(replace(statistics, routing=routing), read_statistics(file)[0])
+
+
 def test_gradients_survive_the_disk(tmp_path: Path) -> None:
     """Every sum comes back bit for bit."""
     write_gradients(tmp_path / "a" / "medical.gradients.safetensors", make_gradients(), {"bucket": "medical"})
@@ -145,6 +155,10 @@ def test_masks_survive_the_disk(tmp_path: Path) -> None:
     file = tmp_path / "medical.masks.safetensors"
     write_masks(file, make_masks(), {"bucket": "medical"})
     assert same(make_masks(), read_masks(file))
+    factors = {"model.layers.0.mlp.up_proj": (draw(6, 3).reshape(2, 3), draw(8, 4).reshape(4, 2))}
+    adapted = replace(make_masks(), adapters=LowRank(1.5, factors))
+    write_masks(file, adapted, {"bucket": "medical"})
+    assert same(adapted, read_masks(file)) and not same(make_masks(), read_masks(file))
     edit_json(file.with_suffix(".json"), lambda data: data.pop("steps"))
     with pytest.raises(CheckpointError, match=r"masks\.safetensors lacks 'steps'. Delete it"):
         read_masks(file)

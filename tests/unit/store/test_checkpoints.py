@@ -339,6 +339,20 @@ def test_a_tied_head_stays_tied_and_a_free_one_free(family: Family, shape: str, 
     assert len(places) == len(set(places))
 
 
+def test_a_head_that_should_be_the_embedding_and_is_not_is_refused(tmp_path: Path) -> None:
+    """It would be lost without a word; the same matrix stored twice is fine."""
+    model = pico_model(families()["llama"], dtype=torch.float32, tie_word_embeddings=False)
+    model.save_pretrained(tmp_path)
+    config = json.loads((tmp_path / "config.json").read_text())
+    (tmp_path / "config.json").write_text(json.dumps({**config, "tie_word_embeddings": True}))
+    with pytest.raises(CheckpointError, match=r"lm_head.weight beside a different model.embed_tokens.weight.*Set tie_"):
+        resolve_model(str(tmp_path))
+    with torch.no_grad():
+        model.lm_head.weight.copy_(model.model.embed_tokens.weight)
+    save_file({name: value.clone() for name, value in model.state_dict().items()}, tmp_path / "model.safetensors")
+    assert resolve_model(str(tmp_path)).shapes.keys() == dict(model.named_parameters()).keys() - {"lm_head.weight"}
+
+
 @pytest.mark.parametrize("shape", ["uniform", "uneven"])
 def test_a_built_model_is_complete(family: Family, shape: str) -> None:
     """Nothing is left on the meta device; buffers that are not saved are finite and equal to the dense model's."""

@@ -9,9 +9,10 @@ import numpy as np
 import numpy.typing as npt
 
 from secateur.records.plan import LayerPlan, Plan
-from secateur.records.units import EXPERT, FFN_CHANNEL, GQA_GROUP, QUERY_HEAD
+from secateur.records.units import EXPERT, EXPERT_CHANNEL, FFN_CHANNEL, GQA_GROUP, QUERY_HEAD, SHARED_CHANNEL
 
 MAX_BINS = 40
+_PARTS = {"attention": (QUERY_HEAD, GQA_GROUP), "ffn": (FFN_CHANNEL, EXPERT, EXPERT_CHANNEL, SHARED_CHANNEL)}
 
 
 @dataclass(frozen=True, slots=True)
@@ -82,17 +83,17 @@ def parameters_by_layer(plan: Plan) -> Mapping[str, Sequence[tuple[float, float]
 
     The plan has totals of all layers and counts of units in each. A unit costs the same in every layer, and so does
     what a sub-layer has besides its units, so two totals give both costs. A part is left out where that does not hold:
-    where the plan does not count its units, both heads and groups of it go, or only some layers have experts.
+    where the plan does not count its units, two kinds of them go, or some layers may have an FFN of another kind.
     """
     found = {}
-    for part, kinds in {"attention": (QUERY_HEAD, GQA_GROUP), "ffn": (FFN_CHANNEL, EXPERT)}.items():
-        counted = [plan.layers[kind] for kind in kinds if kind in plan.layers]
+    for part, kinds in _PARTS.items():
+        counted = [plan.layers[kind] for kind in kinds if any(layer.num_units for layer in plan.layers.get(kind, ()))]
         narrowed = [layers for layers in counted if any(layer.is_narrowed for layer in layers)]
-        if EXPERT in kinds and any(layer.num_units for layer in plan.layers.get(EXPERT, ())):
-            counted = [plan.layers[EXPERT]] if all(layer.num_units for layer in plan.layers[EXPERT]) else []
-        if counted and len(narrowed) < 2:
+        layers = next(iter(narrowed or counted), ())
+        is_everywhere = part == "attention" or all(layer.num_units for layer in layers)
+        if layers and is_everywhere and len(narrowed) < 2:
             totals = plan.parameters_dense.get(part, 0), plan.parameters_pruned.get(part, 0)
-            found[part] = _split((narrowed or counted)[0], *totals)
+            found[part] = _split(layers, *totals)
     return found
 
 

@@ -53,6 +53,19 @@ def test_parameters_by_layer_are_those_of_the_units_and_of_what_stands_beside_th
     assert np.array(found["ffn"]) == pytest.approx(np.array(expected))
 
 
+def test_parameters_of_ffns_that_differ_are_not_made_up() -> None:
+    """Layers without FFN channels may have experts, and two kinds that both go have two costs."""
+    narrowed, whole, none = LayerPlan(8, (0, 1)), LayerPlan(8, tuple(range(8))), LayerPlan(0, ())
+    for layers, known in (
+        ({"ffn_channel": (narrowed, narrowed)}, True),
+        ({"ffn_channel": (narrowed, none)}, False),
+        ({"expert": (none, narrowed)}, False),
+        ({"expert": (narrowed, narrowed), "shared_channel": (narrowed, narrowed)}, False),
+        ({"expert": (whole, whole), "shared_channel": (narrowed, narrowed)}, True),
+    ):
+        assert bool(parameters_by_layer(plan(layers=layers))) is known
+
+
 def test_parameters_are_not_told_apart_where_heads_and_groups_both_go() -> None:
     """Two totals cannot give three costs, so nothing is made up."""
     both = {
