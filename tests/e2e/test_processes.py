@@ -208,3 +208,54 @@ def test_a_process_that_fails_tells_the_others_why(pico: Pico, tmp_path: Path) -
     )
     assert done.returncode != 0 and time.monotonic() - started < 200
     assert "process 1 of 2 stopped: activations at the input of layer 1 are not finite." in done.stderr
+
+
+_SHARDED = """
+import sys
+from accelerate.state import AcceleratorState
+from torch.distributed.tensor import DTensor
+from secateur.cli.main import main
+from secateur.recover import trainer
+end_step = trainer.RecoveryTrainer.end_step
+def check(self, control):
+    assert all(isinstance(parameter, DTensor) for parameter in self.model_wrapped.parameters()), "not spread"
+    return end_step(self, control)
+trainer.RecoveryTrainer.end_step = check
+code = main(["recover", sys.argv[1], "-q"])
+assert AcceleratorState().distributed_type.value == "FSDP"
+sys.exit(code)
+"""
+FSDP2 = {
+    "ACCELERATE_USE_FSDP": "true",
+    "FSDP_VERSION": "2",
+    "FSDP_AUTO_WRAP_POLICY": "TRANSFORMER_BASED_WRAP",
+    "FSDP_RESHARD_AFTER_FORWARD": "true",
+    "FSDP_STATE_DICT_TYPE": "FULL_STATE_DICT",
+}
+"""What ``accelerate launch`` puts into the environment for FSDP2."""
+
+
+def test_weights_spread_over_processes_train_to_the_same(pico: Pico, tmp_path: Path) -> None:
+    """FSDP2 on two processes, of a model whose layers have other numbers of channels and heads, is one process's."""
+    prune = {"method": "activation_norm", "units": ["ffn_channel", "gqa_group"], "budget": {"parameters": 0.3}}
+    prune |= {"allocation": "global", "shape": "uneven"}
+    recover = {"method": "finetune", "max_tokens": 4096, "evaluations": 2, "evaluation_tokens": 512, "baselines": []}
+    recover |= {"learning_rate": 1e-3, "precision": "float32"}
+    alone = write(pico, tmp_path, "alone", prune, recover={**recover, "batch_size": 4})
+    spread = write(pico, tmp_path, "spread", prune, recover={**recover, "batch_size": 2})
+    assert run(alone, "recover", 1).returncode == 0
+    script = tmp_path / "sharded.py"
+    script.write_text(_SHARDED)
+    launch = [sys.executable, "-m", "torch.distributed.run", "--nproc_per_node", "2", "--master_port", free_port()]
+    done = subprocess.run(
+        [*launch, str(script), str(spread)], env=environment(**FSDP2), capture_output=True, text=True, timeout=300
+    )
+    assert done.returncode == 0, done.stderr
+    first, second = (load_file(tmp_path / name / "recovered" / "model.safetensors") for name in ("alone", "spread"))
+    widths = [first[f"model.layers.{layer}.mlp.up_proj.weight"].shape[0] for layer in (0, 1)]
+    heads = [first[f"model.layers.{layer}.self_attn.k_proj.weight"].shape[0] for layer in (0, 1)]
+    assert widths[0] != widths[1] and heads[0] != heads[1]
+    untrained = load_file(tmp_path / "alone" / "model" / "model.safetensors")
+    assert max(float((first[name] - untrained[name]).abs().max()) for name in first) > 1e-3
+    for name in first:
+        torch.testing.assert_close(second[name], first[name], rtol=0.0, atol=1e-4, msg=name)

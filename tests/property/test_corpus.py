@@ -13,7 +13,8 @@ from transformers import PreTrainedTokenizerFast
 from transformers.convert_slow_tokenizer import bytes_to_unicode
 
 from secateur.corpus import count_split_tokens, document_hash, load_split, resegment, select_documents
-from secateur.corpus.packing import MIN_PIECE_TOKENS, PackedBlocks, Piece, covered_bytes, cut_document, place_pieces
+from secateur.corpus.packing import PackedBlocks, covered_bytes
+from secateur.corpus.pieces import MIN_PIECE_TOKENS, Piece, cut_document, place_pieces
 from secateur.corpus.places import TEXT_START, count_covering, count_until, places_after, token_places
 from secateur.corpus.split import SPLITS, assign_split
 from secateur.errors import CorpusError

@@ -29,7 +29,8 @@ from secateur.corpus.choice_baselines import overlap_share
 from secateur.corpus.fields import Template, field_value, parse_template, render
 from secateur.corpus.files import source_files
 from secateur.corpus.formats import FORMATS, PLAIN_SUFFIXES, ReadOptions, check_encoding, read_rows
-from secateur.corpus.packing import PackedBlocks, Piece, place_pieces
+from secateur.corpus.packing import PackedBlocks
+from secateur.corpus.pieces import Piece, place_pieces
 from secateur.corpus.readers import encodable
 from secateur.corpus.split import document_hash
 from secateur.corpus.tokenizing import leading_special_ids, require_fast, tokenize

@@ -15,6 +15,7 @@ import numpy as np
 import torch
 from jaxtyping import Int64
 
+from secateur.corpus.hashes import DocumentHashes, HashSet
 from secateur.corpus.readers import open_source, require_documents
 from secateur.corpus.split import Split, assign_split, document_hash
 from secateur.corpus.tokenizing import require_fast, tokenize
@@ -25,7 +26,6 @@ from secateur.records.token_counts import TokenCounts
 
 _BATCH_DOCUMENTS = 512
 _BATCH_CHARACTERS = 1 << 20
-_LATEST_HASHES = 1 << 16
 
 
 def count_split_tokens(
@@ -78,7 +78,9 @@ def count_split_tokens(
             if max_tokens is not None and num_tokens >= max_tokens:
                 left_over = [digest for digest, _ in batch[taken:]]
                 break
-    hashes = np.setdiff1d(reading.taken.hashes(), np.array(left_over, dtype=np.int64), assume_unique=True)
+    hashes = reading.taken.hashes()
+    if left_over:
+        hashes = np.setdiff1d(hashes, np.array(left_over, dtype=np.int64), assume_unique=True)
     require_documents(reading.num_seen, len(hashes), len(reading.met_excluded), split, name)
     return TokenCounts(
         counts=torch.from_numpy(counts),
@@ -90,39 +92,6 @@ def count_split_tokens(
     )
 
 
-class HashSet:
-    """The hashes met so far, at eight bytes each.
-
-    They are one sorted array; only the latest are a set, which is merged into the array when it is large.
-    """
-
-    def __init__(self, num_latest: int = _LATEST_HASHES) -> None:
-        self._num_latest = num_latest
-        self._sorted = np.empty(0, dtype=np.int64)
-        self._latest: set[int] = set()
-
-    def add(self, digest: int) -> bool:
-        """Add a hash; return whether it is new."""
-        place = int(np.searchsorted(self._sorted, digest))
-        if digest in self._latest or (place < len(self._sorted) and int(self._sorted[place]) == digest):
-            return False
-        self._latest.add(digest)
-        if len(self._latest) >= self._num_latest:
-            self._merge()
-        return True
-
-    def hashes(self) -> Int64[np.ndarray, " documents"]:
-        """Return all of them, ascending."""
-        self._merge()
-        return self._sorted
-
-    def _merge(self) -> None:
-        latest = np.fromiter(self._latest, dtype=np.int64, count=len(self._latest))
-        # Both parts are sorted runs, which a stable sort only merges.
-        self._sorted = np.sort(np.concatenate([self._sorted, np.sort(latest)]), kind="stable")
-        self._latest = set()
-
-
 class SplitReading:
     """The documents of a split as they come, each once, and what was passed over."""
 
@@ -132,9 +101,9 @@ class SplitReading:
         self._documents = documents
         self._split = split
         self._ratios = ratios
-        self._excluded = frozenset(exclude)
+        self._excluded = DocumentHashes.of(exclude)
         self.taken = HashSet()
-        self.met_excluded: set[int] = set()
+        self.met_excluded = HashSet()
         self.num_seen = 0
 
     def batches(self) -> Iterator[list[tuple[int, str]]]:

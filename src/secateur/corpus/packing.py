@@ -8,20 +8,24 @@ from __future__ import annotations
 
 import hashlib
 import json
+from array import array
 from collections import defaultdict
 from collections.abc import Collection, Iterable, Iterator, Sequence
 from dataclasses import dataclass, field, replace
-from itertools import chain
+from itertools import chain, tee
 from typing import Any
 
 import numpy as np
 import torch
-from jaxtyping import Int32, Int64
+from jaxtyping import Int64
 from torch import Tensor
 
+from secateur.corpus.block_store import BlockStore, digested
+from secateur.corpus.gathering import MEMORY_BYTES, Gathered
+from secateur.corpus.pieces import MIN_PIECE_TOKENS, Piece, cut_document, place_pieces
 from secateur.corpus.places import TEXT_START, TextSpan, places_after, token_places
 from secateur.corpus.readers import open_source, require_documents
-from secateur.corpus.split import Selection, Split, select_documents
+from secateur.corpus.split import GatheredSplit, Split, gather_documents
 from secateur.corpus.tokenizing import leading_special_ids, require_fast, tokenize_with_offsets
 from secateur.errors import CorpusError
 from secateur.recipe import CorpusSpec
@@ -30,48 +34,15 @@ from secateur.records.blocks import BlockBatch
 BYTES_PER_TOKEN = 16
 """More text than any tokenizer needs per token: how much is read for a given number of tokens."""
 
-MIN_PIECE_TOKENS = 2
-"""A piece of one token predicts nothing, and its end would not show in the positions."""
-
-OPEN_BLOCKS = 64
-"""Blocks that may still take a piece while packing."""
+_HASHES_AT_ONCE = 4096
 
 PADDING_ID = 0
 """Token id on padding: any id will do, and this one every vocabulary has (a ``pad_token_id`` may lie outside)."""
 
 
-@dataclass(frozen=True, slots=True)
-class Piece:
-    """A run of tokens that is placed as a whole.
-
-    Attributes:
-        ids: token ids, the prefix included.
-        document: index of its document.
-        num_bytes: UTF-8 bytes of the text that its predicted tokens cover.
-        num_prefix: leading ids that are not tokens of its own text.
-        num_context: leading ids that are not predicted; at least 1.
-        span: the text it covers, where that was kept.
-        first_position: position of its first id; above 0 only for a branch, which reads the piece before it up to
-            there and then goes on (``corpus.choices``).
-    """
-
-    ids: Int32[np.ndarray, " tokens"]
-    document: int
-    num_bytes: int
-    num_prefix: int
-    num_context: int
-    span: TextSpan | None = None
-    first_position: int = 0
-
-    @property
-    def own_ids(self) -> Int32[np.ndarray, " own"]:
-        """The tokens of its own text."""
-        return self.ids[self.num_prefix :]
-
-
 @dataclass(slots=True, eq=False)
 class PackedBlocks:
-    """Implements ``TokenBlocks`` for text in memory; build it with ``load_split``.
+    """Implements ``TokenBlocks`` for packed text; build it with ``load_split``.
 
     It is not frozen only because the protocol's attributes are plain; nothing changes it.
 
@@ -86,7 +57,7 @@ class PackedBlocks:
         num_duplicates: copies of chosen documents that were dropped.
         num_excluded: documents that were dropped because the caller excluded them.
         block_size: tokens per block, padding included.
-        blocks: for each block its pieces, in order; together never longer than a block.
+        blocks: for each block its pieces, in order; together never longer than a block. Large ones lie on disk.
         texts: the documents as they were tokenized, by index; empty unless they were to be kept.
     """
 
@@ -99,7 +70,7 @@ class PackedBlocks:
     num_duplicates: int
     num_excluded: int
     block_size: int
-    blocks: list[list[Piece]]
+    blocks: Sequence[list[Piece]]
     texts: tuple[str, ...] = field(repr=False, default=())
 
     @property
@@ -150,6 +121,7 @@ def load_split(
     exclude: Collection[int] = (),
     name: str = "corpus",
     keep_text: bool = False,
+    memory_bytes: int = MEMORY_BYTES,
 ) -> PackedBlocks:
     """Return a split of a corpus as packed blocks.
 
@@ -165,36 +137,41 @@ def load_split(
         exclude: hashes of documents that must not be taken, such as those of another bucket.
         name: of the corpus, for messages.
         keep_text: keeps the documents' text in memory, and which part of it each piece covers, for ``resegment``.
+        memory_bytes: of text, and of blocks, that stay in memory; more goes to temporary files.
 
     Raises:
-        CorpusError: the text cannot be read, there is too little of it, or the tokenizer is not a fast one.
+        CorpusError: the text cannot be read, there is too little of it, the tokenizer is not a fast one, or there is no
+            room for temporary files.
         UnavailableError: a hub data set could not be had.
     """
     require_fast(tokenizer)
     prefix = leading_special_ids(tokenizer)
     _check_sizes(block_size, max_tokens, len(prefix), split)
-    selection = _select(source, split, max_tokens, exclude, name)
-    pieces, documents, texts = _take_pieces(selection, tokenizer, prefix, block_size, max_tokens, keep_text)
-    num_tokens = sum(len(piece.ids) for piece in pieces)
-    limit_met = max_tokens is not None and max_tokens - num_tokens < _shortest_piece(len(prefix))
-    if num_tokens < block_size and not limit_met:
+    selection = _select(source, split, max_tokens, exclude, name, memory_bytes)
+    taking = _Taking(tokenizer, prefix, block_size, max_tokens, keep_text)
+    store = BlockStore(block_size, memory_bytes)
+    for piece in taking.pieces(selection.documents):
+        store.add(piece)
+    limit_met = max_tokens is not None and max_tokens - store.num_tokens < _shortest_piece(len(prefix))
+    if store.num_tokens < block_size and not limit_met:
         raise CorpusError(
-            f"{split} text of corpus {name!r} has {num_tokens} tokens; one block needs {block_size}: give more text "
-            "or lower calibrate.block_size."
+            f"{split} text of corpus {name!r} has {store.num_tokens} tokens; one block needs {block_size}: give more "
+            "text or lower calibrate.block_size."
         )
-    placed = place_pieces([len(piece.ids) for piece in pieces], block_size)
+    blocks = store.finish()
+    documents = np.frombuffer(taking.documents, dtype=np.int64)
     return PackedBlocks(
         name=name,
         split=split,
-        fingerprint=_fingerprint(split, documents, pieces, block_size, tokenizer),
-        documents=torch.tensor(documents, dtype=torch.int64),
-        num_tokens=num_tokens,
-        num_blocks=len(placed),
+        fingerprint=store.fingerprint(_header(split, block_size, documents, tokenizer)),
+        documents=torch.from_numpy(documents),
+        num_tokens=store.num_tokens,
+        num_blocks=len(blocks),
         num_duplicates=selection.num_duplicates,
         num_excluded=selection.num_excluded,
         block_size=block_size,
-        blocks=[[pieces[piece] for piece in block] for block in placed],
-        texts=tuple(texts),
+        blocks=blocks,
+        texts=tuple(taking.texts),
     )
 
 
@@ -273,61 +250,6 @@ def _pieces_within(pieces: Sequence[Piece], max_tokens: int | None) -> int:
     return int(np.searchsorted(np.cumsum([len(piece.ids) for piece in pieces]), max_tokens, side="right"))
 
 
-def cut_document(num_tokens: int, num_prefix: int, block_size: int, max_tokens: int | None) -> list[tuple[int, int]]:
-    """Return the (start, stop) of the pieces of a document, in its own tokens, without prefix.
-
-    Args:
-        num_tokens: tokens of the document.
-        num_prefix: tokens put before every piece.
-        block_size: most tokens of a piece, prefix included.
-        max_tokens: most tokens of all pieces together, prefixes included; None for no limit.
-
-    Returns:
-        Pieces from the start of the document, without gaps; a last piece under ``MIN_PIECE_TOKENS`` is left out.
-    """
-    left = max_tokens
-    pieces: list[tuple[int, int]] = []
-    for start in range(0, num_tokens, block_size - num_prefix):
-        room = block_size if left is None else min(block_size, left)
-        stop = min(num_tokens, start + room - num_prefix)
-        length = num_prefix + stop - start
-        if stop <= start or length < MIN_PIECE_TOKENS:
-            break
-        pieces.append((start, stop))
-        left = None if left is None else left - length
-    return pieces
-
-
-def place_pieces(lengths: Sequence[int], block_size: int, open_blocks: int = OPEN_BLOCKS) -> list[list[int]]:
-    """Return for each block the indices of its pieces: online best fit over a bounded number of open blocks.
-
-    A piece goes to the open block it fills best, the oldest of equals, or opens one; when too many are open, the
-    fullest is closed.
-
-    Args:
-        lengths: tokens of each piece, at most ``block_size``.
-        block_size: tokens of a block.
-        open_blocks: most blocks that stay open.
-    """
-    blocks: list[list[int]] = []
-    room: dict[int, int] = {}  # of the open blocks, oldest first; min() therefore breaks ties by age
-    for piece, length in enumerate(lengths):
-        fitting = [block for block, tokens in room.items() if tokens >= length]
-        if fitting:
-            block = min(fitting, key=room.__getitem__)
-        else:
-            block = len(blocks)
-            blocks.append([])
-            room[block] = block_size
-        blocks[block].append(piece)
-        room[block] -= length
-        if room[block] < MIN_PIECE_TOKENS:
-            del room[block]
-        elif len(room) > open_blocks:
-            del room[min(room, key=room.__getitem__)]
-    return blocks
-
-
 def covered_bytes(text: str, offsets: Sequence[tuple[int, int]]) -> Int64[np.ndarray, " ends"]:
     """Return how many UTF-8 bytes of the text lie before the end of each token, with a leading 0.
 
@@ -365,45 +287,59 @@ def _check_sizes(block_size: int, max_tokens: int | None, num_prefix: int, split
 
 
 def _select(
-    source: CorpusSpec | Sequence[str], split: Split, max_tokens: int | None, exclude: Collection[int], name: str
-) -> Selection:
+    source: CorpusSpec | Sequence[str],
+    split: Split,
+    max_tokens: int | None,
+    exclude: Collection[int],
+    name: str,
+    memory_bytes: int,
+) -> GatheredSplit:
     documents, ratios = open_source(source, split, name)
     max_bytes = None if max_tokens is None else max_tokens * BYTES_PER_TOKEN
-    selection = select_documents(documents, split=split, ratios=ratios, max_bytes=max_bytes, exclude=exclude)
-    require_documents(selection.num_seen, len(selection.texts), selection.num_excluded, split, name)
-    return selection
+    found = gather_documents(
+        documents, split=split, ratios=ratios, max_bytes=max_bytes, exclude=exclude, memory_bytes=memory_bytes
+    )
+    require_documents(found.num_seen, found.num_documents, found.num_excluded, split, name)
+    return found
 
 
-def _take_pieces(
-    selection: Selection,
-    tokenizer: Any,
-    prefix: list[int],
-    block_size: int,
-    max_tokens: int | None,
-    keep_text: bool,
-) -> tuple[list[Piece], list[int], list[str]]:
-    """Return the pieces in document order, and the hashes and (if kept) texts of the documents that have any.
+class _Taking:
+    """Cuts documents into pieces until there are enough; remembers which documents gave any.
 
-    A text far over the limit is cut before it is tokenized.
+    Attributes:
+        documents: their hashes.
+        texts: their texts, where those are to be kept.
     """
-    pieces: list[Piece] = []
-    documents: list[int] = []
-    kept: list[str] = []
-    max_characters = None if max_tokens is None else max_tokens * BYTES_PER_TOKEN
-    texts = (text[:max_characters] for text in selection.texts)
-    left = max_tokens
-    for digest, (text, ids, offsets) in zip(selection.hashes, tokenize_with_offsets(texts, tokenizer), strict=True):
-        cuts = cut_document(len(ids), len(prefix), block_size, left)
-        if cuts:
-            spans = _spans(text, offsets, cuts, bool(prefix)) if keep_text else [None] * len(cuts)
-            pieces += _document_pieces(text, ids, offsets, cuts, spans, prefix, len(documents))
-            documents.append(digest)
-            kept += [text] if keep_text else []
-        if left is not None:
-            left -= sum(len(prefix) + stop - start for start, stop in cuts)
-            if left < _shortest_piece(len(prefix)):
-                break
-    return pieces, documents, kept
+
+    def __init__(
+        self, tokenizer: Any, prefix: list[int], block_size: int, max_tokens: int | None, keep_text: bool
+    ) -> None:
+        self.documents = array("q")
+        self.texts: list[str] = []
+        self._tokenizer = tokenizer
+        self._prefix = prefix
+        self._block_size = block_size
+        self._max_tokens = max_tokens
+        self._keep_text = keep_text
+
+    def pieces(self, selected: Iterable[Gathered]) -> Iterator[Piece]:
+        """Yield the pieces in document order; a text far over the limit is cut before it is tokenized."""
+        left, prefix = self._max_tokens, self._prefix
+        max_characters = None if left is None else left * BYTES_PER_TOKEN
+        ahead, selected = tee(selected)  # by no more than a batch of the tokenizer
+        texts = (document.text[:max_characters] for document in ahead)
+        tokenized = tokenize_with_offsets(texts, self._tokenizer)
+        for document, (text, ids, offsets) in zip(selected, tokenized, strict=False):
+            cuts = cut_document(len(ids), len(prefix), self._block_size, left)
+            if cuts:
+                spans = _spans(text, offsets, cuts, bool(prefix)) if self._keep_text else [None] * len(cuts)
+                yield from _document_pieces(text, ids, offsets, cuts, spans, prefix, len(self.documents))
+                self.documents.append(document.digest)
+                self.texts += [text] if self._keep_text else []
+            if left is not None:
+                left -= sum(len(prefix) + stop - start for start, stop in cuts)
+                if left < _shortest_piece(len(prefix)):
+                    return
 
 
 def _spans(
@@ -469,16 +405,18 @@ def _batch(blocks: Sequence[Sequence[Piece]], block_size: int) -> BlockBatch:
     )
 
 
-def _fingerprint(
-    split: Split, documents: Sequence[int], pieces: Iterable[Piece], block_size: int, tokenizer: Any
-) -> str:
-    """Return a hex digest of all that decides the blocks.
+def _header(
+    split: Split, block_size: int, documents: Int64[np.ndarray, " documents"], tokenizer: Any
+) -> Iterator[bytes]:
+    """Yield, as JSON, all that decides the blocks beside the tokens, which a document's hash says without spacing.
 
-    The tokens are in it because a document's hash ignores spacing. The tokenizer's own JSON would also hold padding
-    and truncation, but tokenizing has just switched both off.
+    The tokenizer's own JSON would also hold padding and truncation, but tokenizing has just switched both off.
     """
-    header = [split, block_size, list(documents), len(tokenizer), tokenizer.backend_tokenizer.to_str()]
-    return digest_pieces(header, pieces)
+    yield f"{json.dumps([split, block_size])[:-1]}, [".encode()
+    for first in range(0, len(documents), _HASHES_AT_ONCE):
+        some = ", ".join(map(str, documents[first : first + _HASHES_AT_ONCE].tolist()))
+        yield f"{', ' if first else ''}{some}".encode()
+    yield f"], {json.dumps([len(tokenizer), tokenizer.backend_tokenizer.to_str()])[1:]}".encode()
 
 
 def digest_pieces(header: Sequence[Any], pieces: Iterable[Piece]) -> str:
@@ -486,6 +424,5 @@ def digest_pieces(header: Sequence[Any], pieces: Iterable[Piece]) -> str:
     digest = hashlib.blake2b(digest_size=16)
     digest.update(json.dumps(list(header)).encode())
     for piece in pieces:
-        digest.update(len(piece.ids).to_bytes(8, "little"))
-        digest.update(piece.ids.astype("<i4").tobytes())
+        digest.update(digested(piece))
     return digest.hexdigest()

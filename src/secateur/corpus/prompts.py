@@ -12,7 +12,8 @@ from dataclasses import dataclass
 from itertools import chain
 from typing import Any
 
-from secateur.corpus.packing import PackedBlocks, Piece
+from secateur.corpus.packing import PackedBlocks
+from secateur.corpus.pieces import Piece
 from secateur.corpus.readers import PROMPT_KEY, explicit_splits, read_prompts, require_documents
 from secateur.corpus.split import Split, assign_split, document_hash
 from secateur.recipe import CorpusSpec

@@ -20,7 +20,8 @@ import torch
 from jaxtyping import Int32, Int64
 from torch import Tensor
 
-from secateur.corpus.packing import PackedBlocks, Piece, place_pieces
+from secateur.corpus.packing import PackedBlocks
+from secateur.corpus.pieces import Piece, place_pieces
 from secateur.corpus.places import TextSpan, characters_before, count_covering, count_until, token_places
 from secateur.corpus.tokenizing import leading_special_ids, require_fast, tokenize_with_offsets
 from secateur.errors import CorpusError

@@ -11,7 +11,8 @@ import torch
 from jaxtyping import Int64
 from torch import Tensor
 
-from secateur.corpus.packing import PackedBlocks, Piece, digest_pieces, place_pieces, restrict
+from secateur.corpus.packing import PackedBlocks, digest_pieces, restrict
+from secateur.corpus.pieces import Piece, place_pieces
 from secateur.corpus.split import Split
 from secateur.corpus.tokenizing import leading_special_ids, require_fast, tokenize
 from secateur.errors import CorpusError

@@ -1,14 +1,15 @@
-"""Which documents belong to which split, decided by each document's own hash; pure, it reads no files."""
+"""Which documents belong to which split, decided by each document's own hash; it reads no corpus files."""
 
 from __future__ import annotations
 
 import hashlib
-import heapq
 import unicodedata
 from collections.abc import Collection, Iterable
 from dataclasses import dataclass
 from typing import Literal
 
+from secateur.corpus.gathering import MEMORY_BYTES, Gathered, Gathering
+from secateur.corpus.hashes import DocumentHashes, HashSet
 from secateur.recipe import SplitRatios
 
 Split = Literal["calibration", "validation", "test"]
@@ -34,11 +35,23 @@ class Selection:
     num_excluded: int
 
 
-@dataclass(slots=True)
-class _Kept:
-    text: str
-    num_bytes: int
-    num_copies: int
+@dataclass(frozen=True, slots=True)
+class GatheredSplit:
+    """The documents taken for one split, wherever they are.
+
+    Attributes:
+        documents: in ascending order of hash; they can be gone through several times, one after another.
+        num_documents: how many they are.
+        num_seen: as in ``Selection``, and so are the others.
+        num_duplicates: copies of the taken documents that were dropped.
+        num_excluded: different documents of this split that were to be excluded.
+    """
+
+    documents: Iterable[Gathered]
+    num_documents: int
+    num_seen: int
+    num_duplicates: int
+    num_excluded: int
 
 
 def document_hash(text: str) -> int:
@@ -64,18 +77,19 @@ def assign_split(digest: int, ratios: SplitRatios) -> Split:
     return "validation" if position < ratios.calibration + ratios.validation else "test"
 
 
-def select_documents(
+def gather_documents(
     documents: Iterable[str],
     *,
     split: Split,
     ratios: SplitRatios | None,
     max_bytes: int | None,
     exclude: Collection[int] = (),
-) -> Selection:
-    """Return the documents of a split, each once, in ascending order of hash.
+    memory_bytes: int = MEMORY_BYTES,
+) -> GatheredSplit:
+    """Return the documents of a split, each once, to be read in ascending order of hash.
 
     One pass. The result does not depend on the order of the documents. Of texts that share a hash the longest is
-    taken. Memory is bounded by ``max_bytes`` and one document.
+    taken. Memory is bounded by ``memory_bytes``, by eight bytes for each excluded document, and by one document.
 
     Args:
         documents: all documents of the corpus; blank ones are passed over.
@@ -84,12 +98,15 @@ def select_documents(
         max_bytes: takes the documents with the smallest hashes, as few as reach this many bytes of UTF-8 (at
             least 1); None takes all.
         exclude: hashes of documents that must not be taken.
+        memory_bytes: of text that stays in memory; more goes to temporary files.
+
+    Raises:
+        CorpusError: there is no room for those files.
     """
-    excluded = frozenset(exclude)
-    kept: dict[int, _Kept] = {}
-    largest_first: list[int] = []  # negated hashes: heapq keeps the smallest on top
-    met_excluded: set[int] = set()
-    num_seen = num_bytes = 0
+    excluded = DocumentHashes.of(exclude)
+    gathering = Gathering(max_bytes, memory_bytes)
+    met_excluded = HashSet()
+    num_seen = 0
     for text in documents:
         if not text.strip():
             continue
@@ -100,32 +117,26 @@ def select_documents(
         if digest in excluded:
             met_excluded.add(digest)
             continue
-        size = len(text.encode())
-        if digest in kept:
-            num_bytes += _add_copy(kept[digest], text, size)
-        else:
-            kept[digest] = _Kept(text, size, 0)
-            heapq.heappush(largest_first, -digest)
-            num_bytes += size
-        while max_bytes is not None and num_bytes - kept[-largest_first[0]].num_bytes >= max_bytes:
-            num_bytes -= kept.pop(-heapq.heappop(largest_first)).num_bytes
-    hashes = tuple(sorted(kept))
+        gathering.add(digest, text)
+    num_documents, num_duplicates = gathering.close()
+    return GatheredSplit(gathering, num_documents, num_seen, num_duplicates, len(met_excluded))
+
+
+def select_documents(
+    documents: Iterable[str],
+    *,
+    split: Split,
+    ratios: SplitRatios | None,
+    max_bytes: int | None,
+    exclude: Collection[int] = (),
+) -> Selection:
+    """Return what ``gather_documents`` gives as lists in memory, for text that fits there."""
+    found = gather_documents(documents, split=split, ratios=ratios, max_bytes=max_bytes, exclude=exclude)
+    taken = list(found.documents)
     return Selection(
-        texts=tuple(kept[digest].text for digest in hashes),
-        hashes=hashes,
-        num_seen=num_seen,
-        num_duplicates=sum(document.num_copies for document in kept.values()),
-        num_excluded=len(met_excluded),
+        texts=tuple(document.text for document in taken),
+        hashes=tuple(document.digest for document in taken),
+        num_seen=found.num_seen,
+        num_duplicates=found.num_duplicates,
+        num_excluded=found.num_excluded,
     )
-
-
-def _add_copy(kept: _Kept, text: str, size: int) -> int:
-    """Count a copy in ``kept``, keep the longer text there, and return by how many bytes it grew.
-
-    A size that only grows keeps the selection independent of order: what was once too much stays too much.
-    """
-    growth = max(size - kept.num_bytes, 0)
-    kept.text = max((kept.num_bytes, kept.text), (size, text))[1]
-    kept.num_bytes += growth
-    kept.num_copies += 1
-    return growth

@@ -3,12 +3,12 @@
 from __future__ import annotations
 
 from collections.abc import Iterable, Iterator, Sequence
-from itertools import islice
 from typing import Any
 
 from secateur.errors import CorpusError
 
 _TOKENIZER_BATCH = 64
+_BATCH_CHARACTERS = 1 << 18
 
 
 def require_fast(tokenizer: Any) -> None:
@@ -48,9 +48,12 @@ def tokenize(texts: Sequence[str], tokenizer: Any) -> list[list[int]]:
 def tokenize_with_offsets(
     texts: Iterable[str], tokenizer: Any
 ) -> Iterator[tuple[str, list[int], list[tuple[int, int]]]]:
-    """Yield each text, its token ids, and the start and end of each token in characters."""
-    waiting = iter(texts)
-    while batch := list(islice(waiting, _TOKENIZER_BATCH)):
+    """Yield each text, its token ids, and the start and end of each token in characters.
+
+    Texts go to the tokenizer in batches, which it shares out to as many threads as it has. A batch is bounded in
+    characters too, because offsets take many times the room of the text.
+    """
+    for batch in _batches(texts):
         encoded = tokenizer(
             batch,
             add_special_tokens=False,
@@ -62,3 +65,16 @@ def tokenize_with_offsets(
             verbose=False,  # long documents are expected here; no warning about the model's length
         )
         yield from zip(batch, encoded["input_ids"], encoded["offset_mapping"], strict=True)
+
+
+def _batches(texts: Iterable[str]) -> Iterator[list[str]]:
+    batch: list[str] = []
+    num_characters = 0
+    for text in texts:
+        batch.append(text)
+        num_characters += len(text)
+        if len(batch) >= _TOKENIZER_BATCH or num_characters >= _BATCH_CHARACTERS:
+            yield batch
+            batch, num_characters = [], 0
+    if batch:
+        yield batch

@@ -16,10 +16,11 @@ from typing import Any
 import torch
 
 from secateur.estimate.advice import advise
+from secateur.estimate.by_layer import ByLayerStages
 from secateur.estimate.machine import look
 from secateur.estimate.probe import ASSUMED, Clock, Probe, store_rates, stored_rates
 from secateur.estimate.size import ModelSize, narrowed, size_of, size_of_config
-from secateur.estimate.stages import Setting, kept_shares, predict
+from secateur.estimate.stages import Setting, Stages, kept_shares
 from secateur.estimate.texts import TextAmounts
 from secateur.pipeline.job import refuse_impossible
 from secateur.progress import Progress, silent
@@ -116,6 +117,7 @@ def _estimate(
 ) -> Estimate:
     def of(asked: Recipe) -> Estimate:
         compute = _computed_in(asked, recipe, dtype, stored, device)
+        stages = ByLayerStages if asked.memory == "by_layer" else Stages
         setting = Setting(size, amounts, rates, compute.itemsize, _narrow(asked, device).itemsize, device != "cpu")
         return Estimate(
             model=asked.model,
@@ -123,7 +125,7 @@ def _estimate(
             parameters_pruned=narrowed(size, kept_shares(asked, size)[0]).parameters,
             dtype=str(compute).removeprefix("torch."),
             device=device,
-            stages=tuple(predict(asked, setting)),
+            stages=tuple(stages(asked, setting).predict()),
             rates=rates,
             machine=machine,
         )

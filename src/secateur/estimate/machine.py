@@ -22,7 +22,7 @@ def look(output: Path, device: torch.device) -> Machine:
     total, free = _memory()
     limit, used = _container()
     if limit is not None:
-        total, free = min(total, limit), min(free, max(limit - used, 0))
+        total, free = min(total, limit), min(free, limit, max(limit - used, 0) + resident_bytes())
     name, gpu_total, gpu_free = "", 0, 0
     if device.type == "cuda":
         gpu_free, gpu_total = torch.cuda.mem_get_info(device)
@@ -57,11 +57,21 @@ def resident_bytes() -> int:
 
 
 def _container() -> tuple[int | None, int]:
-    """Return the limit of this process's control group and what is used of it; None where there is no limit."""
-    for limit, used in (
-        ("/sys/fs/cgroup/memory.max", "/sys/fs/cgroup/memory.current"),
-        ("/sys/fs/cgroup/memory/memory.limit_in_bytes", "/sys/fs/cgroup/memory/memory.usage_in_bytes"),
+    """Return the limit of this process's control group and what it uses; None where there is no limit.
+
+    Files that the system keeps in memory as long as nobody wants the room are not used.
+    """
+    for folder, limit, used, cached in (
+        ("/sys/fs/cgroup", "memory.max", "memory.current", ("active_file", "inactive_file")),
+        (
+            "/sys/fs/cgroup/memory",
+            "memory.limit_in_bytes",
+            "memory.usage_in_bytes",
+            ("total_active_file", "total_inactive_file"),
+        ),
     ):
         with suppress(OSError, ValueError):
-            return int(Path(limit).read_text(encoding="utf-8")), int(Path(used).read_text(encoding="utf-8"))
+            most, now = (int(Path(folder, name).read_text(encoding="utf-8")) for name in (limit, used))
+            fields = dict(line.split() for line in Path(folder, "memory.stat").read_text("utf-8").splitlines())
+            return most, max(now - sum(int(fields.get(name, 0)) for name in cached), 0)
     return None, 0

@@ -16,7 +16,8 @@ from secateur.estimate.texts import Amount, TextAmounts
 from secateur.pipeline.grams import judging_tokens
 from secateur.recipe import UNIT_BUDGETS, PruneSpec, Recipe, RecoverSpec
 from secateur.records.estimate import Rates, StageEstimate
-from secateur.records.units import ATTENTION, LAYER, SUBLAYER_OF
+from secateur.records.masks import AdapterSettings
+from secateur.records.units import ATTENTION, EXPERT, LAYER, SUBLAYER_OF
 from secateur.score import METHODS
 
 SAVE_S = 2.0
@@ -55,7 +56,7 @@ class Setting:
 
 
 @dataclass(slots=True)
-class _Cost:
+class Cost:
     """Seconds and memory of one stage while they are added up."""
 
     what: list[str] = field(default_factory=list)
@@ -67,6 +68,7 @@ class _Cost:
     at_most: bool = False
 
     def read(self, amount: Amount) -> None:
+        """Note that an amount of text is read, which may be less than was said."""
         self.at_most |= amount.at_most
 
 
@@ -200,7 +202,7 @@ class Stages:
 
     # -- pieces that many stages share -------------------------------------------------------------------------------
 
-    def _add(self, name: str, cost: _Cost, *, unpredicted: bool = False) -> None:
+    def _add(self, name: str, cost: Cost, *, unpredicted: bool = False) -> None:
         memory, host = dict(cost.memory), dict(cost.host)
         needed = sum(size for what, size in memory.items() if what != DENSE)
         memory[ALLOCATOR] = round(costs.ALLOCATOR_SHARE * needed)
@@ -216,10 +218,10 @@ class Stages:
             )
         )
 
-    def _with_dense(self) -> _Cost:
+    def _with_dense(self) -> Cost:
         """Return a cost that begins with the dense model in memory; the first stage that needs it loads it."""
         weights = costs.weights_bytes(self.size.parameters, self.setting.compute)
-        cost = _Cost(memory={DENSE: weights})
+        cost = Cost(memory={DENSE: weights})
         if not self._is_loaded:
             stored = costs.weights_bytes(self.size.parameters, self.size.stored)
             cost.seconds = stored / self.rates.read + weights / self.rates.load
@@ -247,7 +249,7 @@ class Stages:
     def _logits(self, size: ModelSize, at_once: int, copies: int = 1) -> dict[str, int]:
         return {"logits": costs.logits_bytes(size, at_once, self.setting.compute, copies)}
 
-    def _save(self, cost: _Cost, size: ModelSize) -> None:
+    def _save(self, cost: Cost, size: ModelSize) -> None:
         """Add saving a model, reading it back and comparing, in the stored precision."""
         stored = costs.weights_bytes(size.parameters, self.size.stored)
         cost.seconds += SAVE_S + stored / self.rates.write + 2 * stored / self.rates.load
@@ -259,7 +261,7 @@ class Stages:
     # -- start -------------------------------------------------------------------------------------------------------
 
     def _start(self) -> None:
-        cost = _Cost()
+        cost = Cost()
         amounts, num_bytes, most = self.setting.amounts, 0, 0
         for name in self.recipe.buckets():
             passes = 1 + (name in self._calibrated)
@@ -317,7 +319,7 @@ class Stages:
             cost.what.append("what single documents say, in the same pass")
         self._add(f"calibrate:{name}", cost)
 
-    def _sum_grams(self, cost: _Cost, tokens: int) -> None:
+    def _sum_grams(self, cost: Cost, tokens: int) -> None:
         sites = self._gram_sites
         cost.seconds += costs.gram_flops(sites, tokens) / self.rates.gram
         finished = costs.gram_bytes(sites)
@@ -333,7 +335,7 @@ class Stages:
         """Add what is taken of a bucket in passes of their own: Gram matrices that judge, gradients, masks."""
         recipe, prune = self.recipe, self.recipe.prune
         calibrate, method = recipe.calibrate, METHODS[prune.method]
-        if prune.reconstruct == "dense" and name in self._deciding:
+        if prune.reconstruct == "dense" and self._gram_sites and name in self._deciding:
             amount = self._amount(name, "validation", judging_tokens(calibrate.max_tokens, self.block))
             cost = self._with_dense()
             cost.read(amount)
@@ -351,9 +353,9 @@ class Stages:
             self._gradients(name, amount)
         settings = method.mask_settings(prune.options)
         if settings is not None:
-            self._masks(name, settings.steps, settings.objective)
+            self._masks(name, settings.steps, settings.objective, settings.lora)
 
-    def _backward(self, cost: _Cost) -> None:
+    def _backward(self, cost: Cost) -> None:
         """Add what one block holds on its way back: what layers keep, and its logits, their logarithms and slopes."""
         cost.memory["activations kept"] = costs.saved_bytes(self.size, self.block, self.setting.compute)
         cost.memory |= self._logits(self.size, self.block, 3)
@@ -376,7 +378,7 @@ class Stages:
         cost.what.append(f"{amount.tokens:,} tokens forwards and backwards")
         self._add(f"gradients:{name}", cost)
 
-    def _masks(self, name: str, steps: int, objective: str) -> None:
+    def _masks(self, name: str, steps: int, objective: str, lora: AdapterSettings | None) -> None:
         cost = self._with_dense()
         tokens = steps * self.block
         passes = 2.0 + (objective == "kl")
@@ -386,7 +388,12 @@ class Stages:
         self._backward(cost)
         if objective == "kl":
             cost.memory |= self._logits(self.size, self.block, 5)
-        cost.what.append(f"{steps:,} steps of one block")
+        if lora is not None:
+            trained = costs.lora_parameters(self.size, lora.rank)
+            cost.seconds += steps * trained / self.rates.optimizer
+            cost.memory["adapters and their optimizer"] = trained * costs.FLOAT + costs.optimizer_bytes(trained)
+            cost.disk += trained * costs.FLOAT
+        cost.what.append(f"{steps:,} steps of one block{'' if lora is None else ', adapters too'}")
         self._add(f"masks:{name}", cost)
 
     # -- plan --------------------------------------------------------------------------------------------------------
@@ -397,7 +404,7 @@ class Stages:
             self._search()
         if prune.block_kinds() and METHODS[prune.depth_method].measure:
             self._depth()
-        cost = self._with_dense() if prune.layer_kinds() else _Cost()
+        cost = self._with_dense() if prune.layer_kinds() else Cost()
         cost.seconds += PLAN_S
         cost.what.append("scores and what stays")
         if METHODS[prune.method].reads_grams(prune.options):
@@ -417,7 +424,7 @@ class Stages:
             cost.memory["parts of the smaller model"] = costs.weights_bytes(self.small.parameters, self.setting.compute)
         self._add("plan", cost)
 
-    def _measured(self, cost: _Cost, size: ModelSize, tokens: int, times: int = 1) -> None:
+    def _measured(self, cost: Cost, size: ModelSize, tokens: int, times: int = 1) -> None:
         """Add measuring the loss of a model on some text."""
         cost.seconds += times * (self._forward_s(size, tokens) + self._head_s(size, tokens))
         at_once = self._at_once(self.recipe.evaluate.batch_size)
@@ -477,10 +484,12 @@ class Stages:
 
     # -- shrink ------------------------------------------------------------------------------------------------------
 
-    def _fit(self, cost: _Cost, times: int = 1) -> None:
+    def _fit(self, cost: Cost, times: int = 1) -> None:
         """Add what reconstructing a model takes."""
         prune = self.recipe.prune
         sites = self.size.sites(prune.width_kinds())
+        if prune.reconstruct != "none" and EXPERT in prune.width_kinds():
+            self._fit_experts(cost, times)
         if prune.reconstruct == "none" or not sites:
             return
         share = self._kept_share()
@@ -490,9 +499,7 @@ class Stages:
             cost.seconds += times * 4 * costs.gram_bytes(sites) / self.rates.read
             cost.what.append(f"{len(sites)} projections fitted")
             return
-        calibrate = self.recipe.calibrate
-        limits = {"calibration": calibrate.max_tokens, "validation": judging_tokens(calibrate.max_tokens, self.block)}
-        found = [self._amount(name, split, limit) for name in self._deciding for split, limit in limits.items()]
+        calibrate, found = self.recipe.calibrate, self._fitting_amounts()
         tokens = sum(amount.tokens for amount in found)
         cost.at_most |= any(amount.at_most for amount in found)
         both = self.size.sites(("ffn_channel", "gqa_group"))
@@ -510,7 +517,23 @@ class Stages:
         }
         cost.what.append(f"{len(sites)} projections fitted on the pruned stream of {tokens:,} tokens")
 
-    def _cut(self, cost: _Cost) -> None:
+    def _fit_experts(self, cost: Cost, times: int) -> None:
+        """Add what fitting the scales of experts takes: they run twice, by the dense router and the pruned one."""
+        amounts = self._fitting_amounts()
+        tokens = sum(amount.tokens for amount in amounts)
+        passes = 2.0 if self.recipe.prune.reconstruct == "dense" else 4.0  # on two streams
+        cost.at_most |= any(amount.at_most for amount in amounts)
+        cost.seconds += times * passes * self._forward_s(self.size, tokens)
+        cost.memory |= self._activations(self.size, self._at_once(self.recipe.calibrate.batch_size, tokens))
+        cost.what.append(f"scales of experts fitted on {tokens:,} tokens")
+
+    def _fitting_amounts(self) -> list[Amount]:
+        """Return the text that fits are made on and judged by, where they run text."""
+        calibrate = self.recipe.calibrate
+        limits = {"calibration": calibrate.max_tokens, "validation": judging_tokens(calibrate.max_tokens, self.block)}
+        return [self._amount(name, split, limit) for name in self._deciding for split, limit in limits.items()]
+
+    def _cut(self, cost: Cost) -> None:
         """Add the weights that a cut makes: parts that lose something are copied, the others stay the dense model's."""
         parts, shares = self.size.by_part(), self._shares[0]
         copied = sum(round(count * shares[part]) for part, count in parts.items() if shares.get(part, 1.0) < 1.0)
@@ -583,7 +606,7 @@ class Stages:
         return layers / self.rates.training + head / self.rates.training_head
 
     def _training_memory(
-        self, cost: _Cost, size: ModelSize, spec: RecoverSpec, trained: int, *, taught: bool, tokens: int
+        self, cost: Cost, size: ModelSize, spec: RecoverSpec, trained: int, *, taught: bool, tokens: int
     ) -> None:
         at_once, narrow = self._at_once(spec.batch_size, tokens), self.setting.training
         cost.memory["trained weights, in float32"] = costs.weights_bytes(size.parameters, costs.FLOAT)
@@ -598,7 +621,7 @@ class Stages:
             self.size, at_once, narrow
         )
 
-    def _watch(self, cost: _Cost, size: ModelSize, spec: RecoverSpec, probes: int, trained: int) -> None:
+    def _watch(self, cost: Cost, size: ModelSize, spec: RecoverSpec, probes: int, trained: int) -> None:
         """Add the evaluations of a training and its checkpoints."""
         watched = [*self.recipe.domain, *(["general"] if self.recipe.general else [])]
         tokens = sum(self._amount(name, "validation", spec.evaluation_tokens).tokens for name in watched)
@@ -641,7 +664,7 @@ class Stages:
             cost.memory |= self._logits(self.size, evaluate.tasks.batch_size * self.block)
             cost.what.append(f"{', '.join(evaluate.tasks.names)}: their text is not known before they are fetched")
             self._add("tasks", cost, unpredicted=True)
-        self._add("report", _Cost(what=["tables and page"], seconds=REPORT_S, memory=self._with_dense().memory))
+        self._add("report", Cost(what=["tables and page"], seconds=REPORT_S, memory=self._with_dense().memory))
 
     def _test(self) -> Amount:
         found = [self._amount(name, "test", self.recipe.evaluate.max_tokens) for name in self.recipe.buckets()]
@@ -686,7 +709,7 @@ class Stages:
 
     def _exports(self) -> None:
         for export in self.recipe.export:
-            cost = _Cost()
+            cost = Cost()
             itemsize = _EXPORTED.get((export.quantize or "F16").upper(), 2.0)
             if export.to != "gguf":
                 itemsize = float(self.size.stored)
@@ -701,8 +724,3 @@ class Stages:
 
 _EXPORTED: Mapping[str, float] = {"F32": 4.0, "F16": 2.0, "BF16": 2.0, "Q8_0": 1.07, "Q4_0": 0.57, "Q4_K_M": 0.61}
 """Bytes per parameter of some types of GGUF files."""
-
-
-def predict(recipe: Recipe, setting: Setting) -> list[StageEstimate]:
-    """Return what every stage of a recipe is predicted to take, in the order in which they run."""
-    return Stages(recipe, setting).predict()

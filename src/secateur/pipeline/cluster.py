@@ -3,12 +3,17 @@
 The first trial runs alone, so that what all of them need is made once. Every machine must see the same files under the
 same paths: the model, the corpora and the output. Threads are as many as the processors of a task, so sums of floats
 come out as in a run by itself with that many threads.
+
+A trial whose worker was lost (killed, out of memory, or with its machine) begins again, on any worker, and goes on in
+its folder after the stages that were finished there. We count attempts ourselves and let Ray make none, because Ray
+tries tasks that ran out of memory again without end. An error within a trial is no lost worker, and is not tried again.
 """
 
 from __future__ import annotations
 
 import os
 import time
+from collections import Counter
 from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -18,6 +23,9 @@ from secateur.pipeline.trials import Finish, Job, TrialResult, read_trial, run_j
 from secateur.progress import Progress, silent
 
 HOW_TO_INSTALL = "pip install 'secateur[ray]'"
+
+MOST_ATTEMPTS = 3
+"""How often a trial is begun whose worker or machine is lost each time."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -61,22 +69,29 @@ class Cluster:
             most = self._most_at_once(ray)
             task = ray.remote(num_cpus=self.cpus, num_gpus=self.gpus, max_retries=0)(_run_there)
             running: dict[Any, Job] = {}
+            attempts: Counter[str] = Counter()
             is_first = True
             with progress("run points", len(waiting), "points") as bar:
                 while waiting or running:
                     while waiting and len(running) < (1 if is_first else most):
                         job = waiting.pop(0)
-                        if max_time is not None and time.perf_counter() - started >= max_time:
+                        is_new = not attempts[job.trial.name]
+                        if is_new and max_time is not None and time.perf_counter() - started >= max_time:
                             results[job.trial.name] = skipped(job, f"not started: {max_time:g} seconds were over.")
                             on_result(results[job.trial.name])
                             bar.advance(1)
                             continue
+                        attempts[job.trial.name] += 1
                         running[task.remote(job, keep_models, os.getcwd())] = job
                     if not running:
                         continue
                     [ready], _ = ray.wait(list(running), num_returns=1)
                     job = running.pop(ready)
-                    results[job.trial.name] = _outcome(ray, ready, job)
+                    found = _outcome(ray, ready, job, attempts[job.trial.name])
+                    if found is None:
+                        waiting.insert(0, job)
+                        continue
+                    results[job.trial.name] = found
                     is_first = False
                     on_result(results[job.trial.name])
                     bar.advance(1)
@@ -123,11 +138,31 @@ def _run_there(job: Job, keep_models: bool, place: str) -> TrialResult:
     return run_job(job, keep_models=keep_models)
 
 
-def _outcome(ray: Any, ready: Any, job: Job) -> TrialResult:
-    """Return what came of a trial; a worker that died is a failure of the trial."""
+def _outcome(ray: Any, ready: Any, job: Job, attempt: int) -> TrialResult | None:
+    """Return what came of a trial; None if its worker was lost and it may begin again."""
     try:
         result: TrialResult = ray.get(ready)
-    except Exception as error:
-        message = f"its worker was lost: {str(error).strip().splitlines()[0]}"
-        return TrialResult(job.trial, job.folder, "failed", message, 0.0, False, None, None, "")
+    except ray.exceptions.RayTaskError as error:
+        return _failed(job, f"it ended with an error that is not one of secateur's: {_last_line(error)}")
+    except ray.exceptions.RayError as error:
+        if attempt < MOST_ATTEMPTS:
+            return None
+        return _failed(
+            job,
+            f"its worker was lost {attempt} times, the last time so: {_first_line(error)} What was finished is kept; "
+            "give each point more memory (--ray-cpus leaves fewer of them on a machine), and start the command again.",
+        )
     return result
+
+
+def _failed(job: Job, message: str) -> TrialResult:
+    return TrialResult(job.trial, job.folder, "failed", message, 0.0, False, None, None, "")
+
+
+def _first_line(error: Exception) -> str:
+    return next(iter(str(error).strip().splitlines()), type(error).__name__)
+
+
+def _last_line(error: Exception) -> str:
+    """Return what a trace of a worker ends with: the error itself."""
+    return next(iter(reversed(str(error).strip().splitlines())), type(error).__name__)

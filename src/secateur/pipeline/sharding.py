@@ -11,6 +11,7 @@ wherever the others are, and none waits for an answer that will not come.
 
 from __future__ import annotations
 
+import hashlib
 import shutil
 import signal
 import threading
@@ -25,6 +26,7 @@ from typing import Any
 import torch
 
 from secateur.corpus import PackedBlocks
+from secateur.corpus.block_store import take_blocks
 from secateur.corpus.split import Split
 from secateur.errors import ConfigError, CorpusError, ProcessError
 from secateur.pipeline import processes
@@ -85,6 +87,14 @@ class Collected:
 
 Pass = Callable[[Order, PackedBlocks], Collected]
 """Runs blocks through the dense model."""
+
+
+@dataclass(frozen=True, slots=True)
+class _Told:
+    """What a process says when its share is done: the seconds of its pass, and a hash of each file it wrote."""
+
+    seconds: float
+    digests: Mapping[str, str]
 
 
 @dataclass(frozen=True, slots=True)
@@ -275,7 +285,7 @@ def share_of(blocks: PackedBlocks, rank: int, world_size: int, *, keep_documents
         for group in groups:
             min(dealt, key=len).extend(group)
         chosen = sorted(dealt[rank])
-    own = [blocks.blocks[block] for block in chosen]
+    own = take_blocks(blocks.blocks, chosen)
     num_tokens = sum(len(piece.ids) for block in own for piece in block)
     return replace(blocks, blocks=own, num_blocks=len(own), num_tokens=num_tokens)
 
@@ -347,8 +357,10 @@ class Passes:
         shutil.rmtree(self._shares, ignore_errors=True)
         self.ranks.same(order)
         found = self._run_share(order, blocks)
-        seconds = max(self.ranks.exchange(_seconds(found)))
+        told: list[_Told] = self.ranks.exchange(_Told(_seconds(found), {}))
+        seconds = max(share.seconds for share in told)
         for rank in range(1, self.ranks.world_size):
+            self._require_intact(rank, told[rank].digests)
             found = _merged(found, self._read(order, rank))
         shutil.rmtree(self._shares, ignore_errors=True)
         if found.statistics is not None and seconds:
@@ -362,7 +374,7 @@ class Passes:
         while (order := self.ranks.same(None)) is not None:
             found = self._run_share(order, self.read(order))
             self._write(order, found)
-            self.ranks.exchange(_seconds(found))
+            self.ranks.exchange(_Told(_seconds(found), self._digests(self.ranks.rank)))
 
     def dismiss(self) -> None:
         """Let the others go: no pass will be ordered any more."""
@@ -393,15 +405,32 @@ class Passes:
         if found.impacts is not None:
             write_impacts(self._file(rank, "impacts"), found.impacts, {"bucket": order.bucket})
 
-    def _read(self, order: Order, rank: int) -> _Stored:
-        def file(name: str) -> Path:
-            path = self._file(rank, name)
+    def _digests(self, rank: int) -> dict[str, str]:
+        """Return a hash of every file of a process's share, by its name."""
+        return {file.name: _digest(file) for file in sorted(self._shares.glob(f"{rank}.*"))}
+
+    def _require_intact(self, rank: int, digests: Mapping[str, str]) -> None:
+        """Refuse a share that is not what its process wrote.
+
+        Raises:
+            ProcessError: a file of it is not here, or has other content; it is named.
+        """
+        for name, digest in digests.items():
+            path = self._shares / name
             if not path.is_file():
                 raise ProcessError(
                     f"the share of process {rank} is not at {path}. All machines need the same run folder, on a file "
                     "system that they share: set output to such a folder."
                 )
-            return path
+            if (found := _digest(path)) != digest:
+                raise ProcessError(
+                    f"the share of process {rank} at {path} is not what that process wrote: its hash is {found} here "
+                    f"and {digest} there. Check the file system that the machines share. {AGAIN}"
+                )
+
+    def _read(self, order: Order, rank: int) -> _Stored:
+        def file(name: str) -> Path:
+            return self._file(rank, name)
 
         together = order.work == "statistics"
         return _Stored(
@@ -410,6 +439,11 @@ class Passes:
             read_gradients(file("gradients")) if order.work == "gradients" else None,
             read_impacts(file("impacts")) if order.keeps_documents else None,
         )
+
+
+def _digest(file: Path) -> str:
+    with file.open("rb") as stream:
+        return hashlib.file_digest(stream, lambda: hashlib.blake2b(digest_size=16)).hexdigest()
 
 
 def _seconds(found: Collected) -> float:

@@ -9,6 +9,7 @@ from typing import Any
 
 from secateur.corpus import PackedBlocks, load_split, resegment
 from secateur.corpus.choices import ChoiceItem, PackedChoices, pack_choices, read_choices
+from secateur.corpus.hashes import DocumentHashes
 from secateur.corpus.packing import restrict
 from secateur.corpus.split import Split
 from secateur.errors import CheckpointError
@@ -38,7 +39,7 @@ class Texts:
     checkpoint: Checkpoint
     load_tokenizer: Callable[[], Any]
     calibrated: Callable[[str], Collection[int]]
-    seen: Callable[[], frozenset[int]]
+    seen: Callable[[], Collection[int]]
     keep_text: bool
     progress: Progress = silent
     responses: ResponsesStage | None = None
@@ -94,7 +95,7 @@ class Texts:
         most, judging = self.recipe.evaluate.max_tokens, 0
         judged: Collection[int] = ()
         if self.recipe.prune.reconstruct != "none":
-            judged = set(self.split(name, "validation").documents.tolist())
+            judged = DocumentHashes(self.split(name, "validation").documents.numpy())
             judging = self.split(name, "validation").num_tokens
         total = None if most is None else most + judging
         blocks = self.read(name, "validation", total, whole=total is None)

@@ -15,7 +15,7 @@ from tokenizers import Tokenizer, models
 from transformers import PreTrainedTokenizerFast
 
 from secateur.corpus.choices import ChoiceItem, PackedChoices, pack_choices, read_choices
-from secateur.corpus.packing import Piece
+from secateur.corpus.pieces import Piece
 from secateur.errors import CorpusError
 from secateur.recipe import ChoicesSpec
 from secateur.records.choice_blocks import ChoiceBlocks

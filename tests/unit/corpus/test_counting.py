@@ -14,7 +14,7 @@ import torch
 from transformers import PreTrainedTokenizerFast
 
 from secateur.corpus import counting
-from secateur.corpus.counting import HashSet, count_split_tokens
+from secateur.corpus.counting import count_split_tokens
 from secateur.corpus.packing import load_split
 from secateur.corpus.split import document_hash, select_documents
 from secateur.errors import CorpusError
@@ -198,17 +198,3 @@ def test_errors_are_those_of_load_split(plain_tokenizer: PreTrainedTokenizerFast
             count(plain_tokenizer, source, **options)
     with pytest.raises(CorpusError, match="tokenizer object is not a fast one"):
         count(object())
-
-
-@pytest.mark.parametrize("num_latest", [1, 3, 1000])
-def test_a_hash_set_is_a_set(num_latest: int) -> None:
-    """It knows what it has met, wherever it keeps it, and gives it back in order."""
-    draw = random.Random(1)
-    pool = [0, 2**63 - 1, *(draw.getrandbits(63) for _ in range(40))]
-    met: set[int] = set()
-    hashes = HashSet(num_latest)
-    for digest in draw.choices(pool, k=200):
-        assert hashes.add(digest) is (digest not in met)
-        met.add(digest)
-    assert hashes.hashes().tolist() == sorted(met)
-    assert hashes.hashes().dtype.itemsize == 8

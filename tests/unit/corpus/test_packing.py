@@ -15,13 +15,8 @@ import torch
 from tokenizers import Tokenizer, models
 from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
 
-from secateur.corpus.packing import (
-    PackedBlocks,
-    covered_bytes,
-    cut_document,
-    load_split,
-    place_pieces,
-)
+from secateur.corpus.packing import PackedBlocks, covered_bytes, load_split
+from secateur.corpus.pieces import cut_document, place_pieces
 from secateur.corpus.places import TEXT_START
 from secateur.corpus.split import document_hash, select_documents
 from secateur.errors import CorpusError

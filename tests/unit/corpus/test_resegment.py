@@ -12,7 +12,8 @@ from tokenizers import Tokenizer, models, pre_tokenizers, processors
 from transformers import PreTrainedTokenizerFast
 from transformers.convert_slow_tokenizer import bytes_to_unicode
 
-from secateur.corpus.packing import PackedBlocks, Piece, load_split
+from secateur.corpus.packing import PackedBlocks, load_split
+from secateur.corpus.pieces import Piece
 from secateur.corpus.resegment import resegment, segmentation_change
 from secateur.corpus.split import assign_split, document_hash
 from secateur.errors import CorpusError

@@ -9,7 +9,8 @@ import numpy as np
 import pytest
 import torch
 
-from secateur.corpus.packing import PackedBlocks, Piece, load_split, restrict
+from secateur.corpus.packing import PackedBlocks, load_split, restrict
+from secateur.corpus.pieces import Piece
 from secateur.corpus.resegment import resegment
 from secateur.corpus.split import document_hash
 from secateur.errors import CorpusError

@@ -104,10 +104,11 @@ def test_an_estimate_leaves_no_run_behind_and_knows_the_text(pico: Pico, tmp_pat
 
 
 def test_a_container_has_what_it_is_given(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
-    """The smaller of the machine's memory and the limit; of the limit, what is not used."""
+    """The smaller of the machine's memory and the limit; of the limit, what others do not use."""
     monkeypatch.setattr(machine, "_container", lambda: (1_000_000, 400_000))
+    monkeypatch.setattr(machine, "resident_bytes", lambda: 100_000)
     found = machine.look(tmp_path / "not" / "there", torch.device("cpu"))
-    assert (found.memory_bytes, found.memory_free_bytes, found.gpu) == (1_000_000, 600_000, "")
+    assert (found.memory_bytes, found.memory_free_bytes, found.gpu) == (1_000_000, 700_000, "")
     assert found.disk_free_bytes > 0
     monkeypatch.setattr(machine, "_container", lambda: (None, 0))
     assert machine.look(tmp_path, torch.device("cpu")).memory_bytes > 10_000_000

@@ -66,6 +66,7 @@ def test_gram_matrices_of_both_splits_lie_on_the_disk() -> None:
 FEATURES: list[tuple[dict[str, Any], str]] = [
     ({"prune": {"method": "taylor", "budget": {"channels": 0.5}}}, "gradients:medical"),
     ({"prune": {"method": "learned_mask", "budget": {"channels": 0.5}, "shape": "uneven"}}, "masks:medical"),
+    ({"prune": {"method": "learned_mask", "budget": {"channels": 0.5}, "options": {"lora": True}}}, "masks:medical"),
     ({"prune": {"budget": {"parameters": 0.2}, "shape": "uneven", "allocation": "knapsack"}}, "search:cuts"),
     ({"prune": {"budget": {"parameters": 0.2}, "shape": "uneven", "allocation": "search"}}, "search:evolve"),
     ({"prune": {"budget": {"layers": 0.25}, "units": ["layer"], "depth_method": "perplexity_drop"}}, "search:depth"),

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 import threading
 from collections.abc import Callable
 from dataclasses import dataclass, field
@@ -13,7 +14,7 @@ import pytest
 import torch
 
 from secateur.corpus import PackedBlocks
-from secateur.corpus.packing import Piece
+from secateur.corpus.pieces import Piece
 from secateur.errors import ConfigError, CorpusError, ProcessError
 from secateur.evaluate import evaluate_text
 from secateur.families.loader import families
@@ -186,3 +187,33 @@ def test_what_process_0_should_have_left_is_not_taken_again(tmp_path: Path, monk
     monkeypatch.setenv("RANK", "1")
     with pytest.raises(ProcessError, match="file system that they share"):
         Passes(lambda *_: Collected(), lambda _order: packed([[0]]), tmp_path).collect(Order("statistics", "c"))
+
+
+@pytest.mark.parametrize("spoil", [Path.unlink, lambda file: file.write_bytes(file.read_bytes()[:-1] + b"x")])
+def test_a_lost_or_changed_share_is_named(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, spoil: Callable[[Path], Any]
+) -> None:
+    """Process 0 takes no share that is not what its process wrote; the others hear of it, and none waits."""
+    whole = packed([[0], [1], [2]])
+    require_intact = Passes._require_intact
+
+    def spoiled(self: Passes, rank: int, digests: dict[str, str]) -> None:
+        spoil(tmp_path / "statistics" / "shares" / "2.grams.safetensors") if rank == 2 else None
+        require_intact(self, rank, digests)
+
+    monkeypatch.setattr(Passes, "_require_intact", spoiled)
+
+    def run(_order: Order, blocks: PackedBlocks) -> Collected:
+        return Collected(grams=GramsInMemory(blocks.num_tokens, {(0, "ffn_channel"): torch.ones(2, 2)}))
+
+    def work(ranks: _Member) -> Any:
+        passes = Passes(run, lambda _order: whole, tmp_path, ranks)
+        try:
+            with ranks.telling():
+                return passes.collect(Order("grams", "c")) if ranks.is_main else passes.serve()
+        except ProcessError as error:
+            return str(error)
+
+    told = Crowd(3).run(work)
+    where = "the share of process 2 (is not at|at) .*2.grams.safetensors"
+    assert all(re.search(where, message) for message in told), told
