@@ -132,7 +132,7 @@ def _run_together(recipe: Recipe, until: Stage, progress: Progress, shared: Shar
         job.join(ranks)
         if ranks.is_main:
             stack.enter_context(_alone_in(job.folder.path))
-        ranks.main_first(partial(job.check, until))
+        ranks.main_first(partial(_check_in_turn, job, until))
         ranks.require_alike({"run folder": job.folder.on_disk()})
         if ranks.is_main:
             job.require_shares(until)
@@ -154,6 +154,13 @@ def _run_together(recipe: Recipe, until: Stage, progress: Progress, shared: Shar
             job.export()
         ranks.wait()
     return job.result
+
+
+def _check_in_turn(job: Job, until: Stage) -> None:
+    """Check a job; the others find what process 0 counted and wrote meanwhile."""
+    if job.folder.read_only:
+        job.folder.look_again()
+    job.check(until)
 
 
 def _caught_up(recipe: Recipe, until: Stage, ranks: Together) -> Job:
