@@ -108,7 +108,8 @@ def _describe(spec: str, folder: Path, trust_remote_code: bool) -> Checkpoint:
     anatomy = _remembered_anatomy(folder, raw, trust_remote_code)
     shapes = {name: tuple(shape) for name, shape in anatomy["shapes"].items()}
     _require_shapes(spec, shapes, stored)
-    _require_tied(spec, folder, family.vocabulary, shapes, files)
+    if anatomy["config"].get("tie_word_embeddings"):
+        _require_tied(spec, folder, family.vocabulary, shapes, files)
     return Checkpoint(
         spec=spec,
         folder=folder,

@@ -108,7 +108,7 @@ def test_the_dense_model_is_a_fixed_point_and_layers_after_a_cut_come_nearer(nam
     assert after < before
 
 
-def test_attention_of_a_model_with_experts_is_fitted_and_cuts_of_experts_are_refused() -> None:
+def test_attention_of_a_model_with_experts_is_fitted_and_cuts_inside_experts_are_refused() -> None:
     """Experts pass on what the pruned attention gives them; nothing fits what only some tokens go through."""
     family = families()["qwen2_moe"]  # its first layer is dense
     model = pico_model(family)
@@ -120,6 +120,6 @@ def test_attention_of_a_model_with_experts_is_fitted_and_cuts_of_experts_are_ref
     result = streams.fit_on_pruned_stream(source, plan, [texts], [texts], batch_size=4)
     assert set(result.weights) == {geometry.axes[GROUPS][layer].reader for layer in range(2)}
     assert set(result.refitted) == {geometry.axes[FFN][0].reader}
-    experts = plan_keeping(geometry, {"expert": [[], range(4)]}, "uneven")
-    with pytest.raises(PlanError, match=r"the plan cuts experts, .*Leave reconstruct out"):
-        streams.fit_on_pruned_stream(source, experts, [texts], [texts], batch_size=4)
+    inside = plan_keeping(geometry, {"shared_channel": [[], range(4)]}, "uneven")
+    with pytest.raises(PlanError, match=r"the plan cuts shared_channels, .*Leave reconstruct out"):
+        streams.fit_on_pruned_stream(source, inside, [texts], [texts], batch_size=4)

@@ -171,16 +171,22 @@ def test_head_and_embedding_are_as_tied_as_when_loaded(tmp_path: Path, tied: boo
     assert source.model.lm_head.weight.device.type == "cpu"
 
 
-def test_a_stored_head_wins_over_a_tie(tmp_path: Path) -> None:
-    """As in transformers, a stored head that differs from the embedding is not tied, whatever config.json says."""
+def test_a_tied_head_that_is_stored_too_is_read(tmp_path: Path) -> None:
+    """As in transformers; one that differs from the embedding is refused by whoever looks at the checkpoint."""
     folder = save(tmp_path / "model")
     config = json.loads((folder / "config.json").read_text())
     (folder / "config.json").write_text(json.dumps({**config, "tie_word_embeddings": True}))
+    with pytest.raises(CheckpointError, match="lm_head.weight beside a different model.embed_tokens.weight"):
+        lazy(folder)
+    edit(folder / "model.safetensors", _copy_head)
     source = lazy(folder)
     loaded = load_model(resolve_model(str(folder)), device="cpu")
-    assert not torch.equal(loaded.lm_head.weight, loaded.model.embed_tokens.weight)
     assert torch.equal(source.model.lm_head.weight, loaded.lm_head.weight)
     assert torch.equal(source.model.model.embed_tokens.weight, loaded.model.embed_tokens.weight)
+
+
+def _copy_head(tensors: dict[str, Tensor]) -> None:
+    tensors["lm_head.weight"] = tensors["model.embed_tokens.weight"].clone()
 
 
 # -- damage ----------------------------------------------------------------------------------------------------------
