@@ -176,7 +176,7 @@ def test_a_tied_head_that_is_stored_too_is_read(tmp_path: Path) -> None:
     folder = save(tmp_path / "model")
     config = json.loads((folder / "config.json").read_text())
     (folder / "config.json").write_text(json.dumps({**config, "tie_word_embeddings": True}))
-    with pytest.raises(CheckpointError, match="lm_head.weight beside a different model.embed_tokens.weight"):
+    with pytest.raises(CheckpointError, match=r"lm_head.weight beside a different model.embed_tokens.weight"):
         lazy(folder)
     edit(folder / "model.safetensors", _copy_head)
     source = lazy(folder)
