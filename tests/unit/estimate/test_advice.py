@@ -22,7 +22,7 @@ RECIPES: dict[str, dict[str, Any]] = {
 }
 
 
-@settings(max_examples=30, deadline=None, derandomize=True)
+@settings(max_examples=12, deadline=None, derandomize=True)
 @given(
     name=st.sampled_from(sorted(RECIPES)),
     block=st.sampled_from([128, 256, 1024]),
